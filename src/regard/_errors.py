@@ -1,0 +1,61 @@
+"""The errors that `regard` raises on purpose.
+
+Every message says what was given, what was expected and the nearest fix, so that the command line
+can print it as one line and a notebook user needs no traceback to act on it::
+
+    >>> from regard._errors import InputError
+    >>> raise InputError.of("rows", given=1.5, expected="a share in (0, 1] or None")
+    Traceback (most recent call last):
+    ...
+    regard._errors.InputError: rows must be a share in (0, 1] or None, got 1.5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Self
+
+
+class RegardError(Exception):
+    """Base of every error that `regard` raises on purpose."""
+
+    @classmethod
+    def of(cls, name: str, *, given: object, expected: str, fix: str = "") -> Self:
+        """An error in the house's form: ``<name> must be <expected>, got <given>; <fix>``."""
+        shown = repr(given)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        return cls(f"{name} must be {expected}, got {shown}" + (f"; {fix}" if fix else ""))
+
+
+class InputError(RegardError, ValueError):
+    """An argument, a text or a file that cannot be used as given."""
+
+
+class ModelError(RegardError, RuntimeError):
+    """A model that cannot be found, read or run (missing weights, NaN weights, a bad file)."""
+
+
+class AttachError(RegardError, RuntimeError):
+    """A model whose attention cannot be hooked, or a hook that changed what it must not change."""
+
+
+class OutputError(RegardError, OSError):
+    """A place where the result cannot be written."""
+
+
+class EvidenceError(RegardError, ValueError):
+    """A paper's experiment that recorded something its evidence file cannot hold."""
+
+
+def nearest(given: str, known: Iterable[str], *, most: int = 3) -> str:
+    """``did you mean a, b?`` for a misspelt name, or an empty string when nothing is close.
+
+    >>> nearest("retreival-head", ["retrieval-head", "cake"])
+    'did you mean retrieval-head?'
+    """
+    known = list(known)
+    close = get_close_matches(given.lower(), known, n=most, cutoff=0.5)
+    close += [name for name in known if given.lower() in name and name not in close]
+    return f"did you mean {', '.join(close[:most])}?" if close and given else ""
