@@ -1,0 +1,25 @@
+"""Shapes are checked in every test: jaxtyping's import hook puts beartype behind each annotation."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+from jaxtyping import install_import_hook
+
+# Must run before anything imports regard. REGARD_UNCHECKED=1 leaves it out, for profiling a test.
+if os.environ.get("REGARD_UNCHECKED", "") in {"", "0"}:
+    install_import_hook("regard", "beartype.beartype")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # pytest-xdist already uses one process per core
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
