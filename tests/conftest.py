@@ -1,4 +1,4 @@
-"""Shapes are checked in every test: jaxtyping's import hook puts beartype behind each annotation."""
+"""Shapes are checked in every test: jaxtyping's hook puts beartype behind each annotation."""
 
 from __future__ import annotations
 
