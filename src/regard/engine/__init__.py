@@ -1,0 +1,29 @@
+"""One attention call, its hooks, and the backends that run it."""
+
+from regard.engine.attend import attend, sample_rows
+from regard.engine.block import Block
+from regard.engine.block_sparse import BlockSparseMask
+from regard.engine.blockwise import Workspace
+from regard.engine.call import AttentionCall, Site
+from regard.engine.masks import CausalMask, DeferredMask, FullMask, Mask, TensorMask, as_mask
+from regard.engine.method import Method, Pipeline, State, overrides
+
+__all__ = [
+    "AttentionCall",
+    "Block",
+    "BlockSparseMask",
+    "CausalMask",
+    "DeferredMask",
+    "FullMask",
+    "Mask",
+    "Method",
+    "Pipeline",
+    "Site",
+    "State",
+    "TensorMask",
+    "Workspace",
+    "as_mask",
+    "attend",
+    "overrides",
+    "sample_rows",
+]

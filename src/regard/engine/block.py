@@ -1,0 +1,160 @@
+"""A block of query rows against the keys they see, and what instruments ask of it.
+
+Everything here is computed at most once per block and only when asked for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from regard.engine.call import AttentionCall, Site
+from regard.engine.masks import Window
+
+
+class Block:
+    """Rows `rows` of one attention call over its keys `keys`.
+
+    Attributes:
+        call: the attention call.
+        rows: `[rows]` query indices, ascending.
+        keys: the slice of keys that any of the rows sees.
+        scores: `[batch, heads, rows, keys]` before the softmax (hidden pairs hold the smallest finite number).
+        weights: `[batch, heads, rows, keys]` after the softmax; a row sums to 1 (less with learned sinks).
+        share: how many query rows each row stands for (1 when exact, 16 when one row in 16 was sampled).
+    """
+
+    def __init__(
+        self, call: AttentionCall, rows: Tensor, window: Window, scores: Tensor, *, share: float = 1.0, contiguous: bool = True
+    ) -> None:
+        self.call = call
+        self.rows = rows
+        self.window = window
+        self.scores = scores
+        self.weights: Tensor = scores
+        self.share = share
+        self.contiguous = contiguous
+        self.plain = False  # weights == softmax(scores), nothing replaced
+        self.scratch: Tensor | None = None
+        self.padded: Tensor | None = None  # storage of the weights with `padding` spare numbers in front
+        self.padding = 0
+        self._first = int(rows[0])
+
+    @property
+    def site(self) -> Site:
+        return self.call.site
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.window.lo, self.window.hi)
+
+    @property
+    def positions(self) -> Tensor:
+        """`[rows]`: the key slot of each query."""
+        return self.rows + self.call.query_offset
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """`[batch, rows]`, False where the query is padding; None without padding."""
+        return None if self.call.valid is None else self.call.valid[:, self.rows]
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """`[batch|1, heads|1, rows, keys]`, or None when the rows see the whole range."""
+        return self.window.visible(len(self.rows), self.rows.device)
+
+    @cached_property
+    def counts(self) -> Float[Tensor, "batch rows"]:
+        """How many keys each query sees (`[1, rows]` when it is the same for the whole batch)."""
+        if self.visible is None:
+            width = float(self.window.hi - self.window.lo)
+            return torch.full((1, len(self.rows)), width, device=self.rows.device)
+        return self.visible.sum(-1).float().amax(1)
+
+    @cached_property
+    def first_key(self) -> Tensor:
+        """`[batch|1, rows]`: the first key slot each query sees (0 without padding, packing or windows)."""
+        if self.visible is None or self.window.edge > self.window.lo:
+            return torch.full((1, len(self.rows)), self.window.lo, device=self.rows.device)
+        return self.visible.any(1).to(torch.uint8).argmax(-1) + self.window.lo
+
+    @cached_property
+    def logsumexp(self) -> Float[Tensor, "batch heads rows"]:
+        """Log of the softmax denominator over the visible keys (a learned sink left out), exact to rounding."""
+        if self.plain:
+            return self._top - self.weights.amax(-1).log()
+        return torch.logsumexp(self.scores, -1)
+
+    @cached_property
+    def _top(self) -> Tensor:
+        return self.scores.amax(-1)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "batch heads rows"]:
+        """Shannon entropy of every row in nats: `logsumexp - sum_k weights * scores` for an ordinary softmax.
+
+        One multiplication pass over the block. With learned sinks, replaced weights or 16-bit input the definition
+        `-sum w log w` is used instead (over the visible keys and, with learned sinks, the sink's share).
+        """
+        if self.plain:
+            return (self.logsumexp - self._mean_score()).clamp_min(0)
+        entropy = torch.special.entr(self.weights).sum(-1)
+        if self.call.sinks is not None:
+            entropy = entropy + torch.special.entr((1 - self.weights.sum(-1)).clamp(0, 1))
+        return entropy
+
+    def _mean_score(self) -> Tensor:
+        if self.scratch is None:
+            return (self.weights * self.scores).sum(-1)
+        room = self.scratch[: self.weights.numel()].view(self.weights.shape)
+        return torch.mul(self.weights, self.scores, out=room).sum(-1)
+
+    def expect(self, columns: Float[Tensor, "keys"]) -> Float[Tensor, "batch heads rows"]:
+        """The attention-weighted mean of one number per key slot of the whole call, `sum_k weights * columns[k]`."""
+        weights = self.weights
+        part = columns[self.keys].to(weights.dtype)
+        return torch.mv(weights.reshape(-1, weights.shape[-1]), part).view(weights.shape[:-1])
+
+    @cached_property
+    def mean_key(self) -> Float[Tensor, "batch heads rows"]:
+        """The attention-weighted mean key slot."""
+        slots = torch.arange(self.call.keys, device=self.rows.device, dtype=self.weights.dtype)
+        return self.expect(slots)
+
+    def received(self) -> Float[Tensor, "batch heads keys"]:
+        """Attention that each key of the range receives from the valid rows of this block (not yet times `share`)."""
+        return self.row_sum(slice(0, len(self.rows)))
+
+    def row_sum(self, part: slice) -> Float[Tensor, "batch heads keys"]:
+        """Column sums over some of the block's rows, padding rows left out."""
+        weights = self.weights[..., part, :]
+        if self.valid is None:
+            return weights.sum(-2)
+        return torch.matmul(self.valid[:, None, None, part].to(weights.dtype), weights)[..., 0, :]
+
+    def diagonals(self, width: int) -> Float[Tensor, "batch heads rows width"]:
+        """Weight on the key `j` slots before the query, for `j = 0 .. width - 1`; 0 where there is no such key."""
+        last = self._first + len(self.rows) - 1 + self.call.query_offset - self.window.lo
+        if self.padded is not None and self.contiguous and width <= self.padding and last < self.weights.shape[-1]:
+            return self._strided_diagonals(width)
+        column = self.positions[:, None] - torch.arange(width, device=self.rows.device)[None, :] - self.window.lo
+        inside = (column >= 0) & (column < self.weights.shape[-1])
+        index = column.clamp(0, self.weights.shape[-1] - 1).expand(*self.weights.shape[:2], -1, -1)
+        return self.weights.gather(-1, index).masked_fill_(~inside, 0)
+
+    def _strided_diagonals(self, width: int) -> Tensor:
+        """The same as a strided view: one key to the right for every row down."""
+        weights = self.weights
+        first = self._first + self.call.query_offset - self.window.lo - (width - 1)
+        strides = (*weights.stride()[:2], weights.stride(2) + 1, 1)
+        assert self.padded is not None
+        view = self.padded.as_strided((*weights.shape[:3], width), strides, weights.storage_offset() + first)
+        view = view.flip(-1)
+        if first < 0:
+            row = torch.arange(len(self.rows), device=view.device)[:, None]
+            outside = torch.arange(width, device=view.device)[None, :] > row + first + (width - 1)
+            view = view.masked_fill_(outside, 0)
+        return view

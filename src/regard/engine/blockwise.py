@@ -1,0 +1,184 @@
+"""Attention in blocks of query rows: exact weights for methods to read or change, never the N x N map.
+
+For each block: scores by one matrix product with the visible keys only (the causal upper triangle is not computed),
+softmax, the methods' hooks, and the product with the values. Grouped heads are folded into rows, so a KV head is read
+once for all its query heads.
+
+Cost: the time of the two matrix products and one softmax pass; extra memory 2 x block x keys x heads numbers, the same for
+every block (two buffers, allocated once per call).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from regard.engine.block import Block
+from regard.engine.call import AttentionCall
+from regard.engine.method import Method
+
+PADDING = 512
+BLOCK_NUMBERS = 2_400_000
+"""Numbers in one block of scores: small enough for the processor's cache, large enough for efficient products."""
+
+
+def block_size(call: AttentionCall, rows: int | None = None) -> int:
+    """Rows per block so that a block holds about `BLOCK_NUMBERS` numbers; between 32 and 256."""
+    width = call.query.shape[0] * call.heads * max(call.keys, 1)
+    size = max(32, min(256, BLOCK_NUMBERS // width // 16 * 16))
+    return min(size, rows or call.queries)
+
+
+class Workspace:
+    """Two score-sized buffers, reused by all blocks of a call (and by all calls of a session)."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, numbers: int, like: Tensor) -> Tensor:
+        held = self.buffers.get(name)
+        if held is None or held.numel() < numbers or held.dtype != like.dtype or held.device != like.device:
+            held = torch.empty(numbers, dtype=like.dtype, device=like.device)
+            self.buffers[name] = held
+        return held
+
+    def clear(self) -> None:
+        self.buffers.clear()
+
+
+def _working(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _row_blocks(call: AttentionCall, rows: Tensor | None) -> Iterator[Tensor]:
+    device = call.query.device
+    if rows is None:
+        size = block_size(call)
+        for start in range(0, call.queries, size):
+            yield torch.arange(start, min(start + size, call.queries), device=device)
+    else:
+        size = block_size(call, len(rows))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    """`[batch, groups, rows, m] @ [batch, groups, m, n]`, one product per KV head when there are few of them."""
+    batch, groups, rows, _ = left.shape
+    shape = (batch, groups, rows, right.shape[-1])
+    if out is None:
+        return torch.matmul(left, right)
+    if batch * groups > 8:
+        torch.bmm(left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:]), out=out.view(-1, *shape[2:]))
+        return out
+    for b in range(batch):
+        for g in range(groups):
+            torch.mm(left[b, g], right[b, g], out=out[b, g])
+    return out
+
+
+def attend(
+    call: AttentionCall,
+    methods_scores: tuple[Method, ...],
+    methods_weights: tuple[Method, ...],
+    *,
+    rows: Tensor | None = None,
+    share: float = 1.0,
+    workspace: Workspace | None = None,
+) -> Tensor | None:
+    """Runs the call and returns `[batch, heads, queries, value_dim]`.
+
+    With `rows`, only these query rows are visited for the methods to read, and None is returned.
+    """
+    query, key, value = _working(call.query), _working(call.key), _working(call.value)
+    batch, heads, queries, dim = query.shape
+    groups, group = call.kv_heads, call.group
+    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    workspace = workspace or Workspace()
+    keys_t = key.transpose(-1, -2)
+    lowest = torch.finfo(query.dtype).min
+    sampled = rows is not None
+    output = None if sampled or grad else query.new_empty(batch, groups, group, queries, value.shape[-1])
+    pieces: list[Tensor] = []
+
+    for block_rows in _row_blocks(call, rows):
+        window = call.mask.window(block_rows)
+        lo, hi, count = window.lo, window.hi, len(block_rows)
+        first = int(block_rows[0])
+        picked = query[:, :, block_rows] if sampled else query[:, :, first : first + count]
+        picked = picked.view(batch, groups, group, count, dim) if picked.is_contiguous() else picked.unflatten(1, (groups, group))
+        folded = (picked * call.scaling).reshape(batch, groups, group * count, dim)
+        numbers = batch * heads * count * (hi - lo)
+        shape = (batch, groups, group * count, hi - lo)
+
+        out = None if grad else workspace.take("scores", numbers, query)[:numbers].view(shape)
+        scores = _product(folded, keys_t[..., lo:hi], out).view(batch, heads, count, hi - lo)
+        scores = _shape_scores(call, window, block_rows, scores, lowest, grad)
+        block = Block(call, block_rows, window, scores, share=share, contiguous=not sampled)
+        for method in methods_scores:
+            replaced = method.scores(block)
+            if replaced is not None:
+                block.scores = replaced
+
+        if grad or block.scores.dtype != query.dtype:
+            weights = torch.softmax(block.scores, -1)
+        else:
+            storage = workspace.take("weights", numbers + PADDING, query)
+            weights = storage[PADDING : PADDING + numbers].view(batch, heads, count, hi - lo)
+            torch.softmax(block.scores, -1, out=weights)
+            block.padded, block.padding = storage, PADDING
+            if methods_weights:
+                block.scratch = workspace.take("scratch", numbers, query)
+        block.weights, block.plain = weights, call.sinks is None
+        if window.dead:
+            block.weights = weights.masked_fill(~block.visible.any(-1, keepdim=True), 0)  # type: ignore[union-attr]
+            block.plain, block.padded = False, None
+        if call.sinks is not None:
+            taken = torch.sigmoid(torch.logsumexp(block.scores, -1) - call.sinks.view(1, -1, 1).to(scores.dtype))
+            block.weights = block.weights * taken[..., None]
+            block.padded = None
+        for method in methods_weights:
+            replaced = method.weights(block)
+            if replaced is not None:
+                block.weights, block.plain, block.padded = replaced, False, None
+        if sampled:
+            continue
+
+        used = block.weights
+        if call.dropout:
+            used = torch.nn.functional.dropout(used, call.dropout)
+        mixed = torch.matmul(used.view(shape), value[..., lo:hi, :]) if used.is_contiguous() or grad else torch.matmul(
+            used.reshape(shape), value[..., lo:hi, :]
+        )
+        mixed = mixed.view(batch, groups, group, count, -1)
+        if output is None:
+            pieces.append(mixed)
+        else:
+            output[..., first : first + count, :] = mixed
+    if sampled:
+        return None
+    result = torch.cat(pieces, -2) if output is None else output
+    return result.view(batch, heads, queries, -1).to(call.query.dtype)
+
+
+def _shape_scores(call: AttentionCall, window, rows: Tensor, scores: Tensor, lowest: float, grad: bool) -> Tensor:  # noqa: ANN001
+    """Soft-capping, position bias and mask, in this order (the order of the models that have them)."""
+    lo, hi = window.lo, window.hi
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if call.bias is not None:
+        bias = call.bias[..., lo:hi]
+        bias = bias if bias.shape[-2] == 1 else bias[..., rows, :]
+        scores = scores + bias
+    if window.additive is not None:
+        scores = scores + window.additive
+    if window.hidden is not None:
+        edge = window.edge - lo
+        if grad:
+            hidden = torch.nn.functional.pad(window.hidden, (edge, 0))
+            scores = scores.masked_fill(hidden, lowest)
+        else:
+            scores[..., edge:].masked_fill_(window.hidden, lowest)
+    return scores
