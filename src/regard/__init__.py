@@ -2,7 +2,7 @@
 
 Every name below is imported on first use, so that `import regard` stays cheap::
 
-    model, tokenizer = regard.load("smollm2")  # the embedded model, a hub id or a path
+    model = regard.load("smollm2")  # the embedded model, a directory, a .gguf file or a hub id
     result = regard.observe(model, text)  # every instrument over one text
     heads = regard.retrieval_heads(model)  # the needle task
     regard.report(model, text)  # all of it as one HTML page

@@ -110,7 +110,7 @@ class _Bar:
             console=Console(stderr=True),
             transient=True,
         )
-        drawn.add_task(self.description, total=self.total, completed=self.done)
+        drawn.add_task(self.description, total=self.total)
         drawn.start()
         return drawn
 
