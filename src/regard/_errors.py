@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Self
+from typing import TypeVar
+
+E = TypeVar("E", bound="RegardError")
 
 
 class RegardError(Exception):
     """Base of every error that `regard` raises on purpose."""
 
     @classmethod
-    def of(cls, name: str, *, given: object, expected: str, fix: str = "") -> Self:
+    def of(cls: type[E], name: str, *, given: object, expected: str, fix: str = "") -> E:
         """An error in the house's form: ``<name> must be <expected>, got <given>; <fix>``."""
         shown = repr(given)
         if len(shown) > 120:
@@ -56,6 +58,6 @@ def nearest(given: str, known: Iterable[str], *, most: int = 3) -> str:
     'did you mean retrieval-head?'
     """
     known = list(known)
-    close = get_close_matches(given.lower(), known, n=most, cutoff=0.5)
+    close = get_close_matches(given.lower(), known, n=most, cutoff=0.6)
     close += [name for name in known if given.lower() in name and name not in close]
     return f"did you mean {', '.join(close[:most])}?" if close and given else ""
