@@ -108,7 +108,7 @@ class Run:
         claim_id: str,
         *,
         here: Any,
-        interval: tuple[float, float] | None = None,
+        interval: tuple[Any, Any] | None = None,
         holds: object = _UNSET,
         setting: str = "",
         note: str = "",
