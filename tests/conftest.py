@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +17,9 @@ if os.environ.get("REGARD_UNCHECKED", "") in {"", "0"}:
 
 import pytest
 import torch
+
+sys.path.insert(0, os.path.dirname(__file__))
+pytest_plugins = ["fixtures_models"]
 
 torch.set_num_threads(1)  # pytest-xdist already uses one process per core
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regard import coordinates
 from regard.coordinates import Dimension, Head, Neuron, dimensions, heads, neurons, parse
 
 whole = st.integers(0, 999)
@@ -104,7 +101,3 @@ def test_neurons_and_dimensions_expand_like_heads():
         dimensions("resid.1.d64", grid=(2, 64))
     with pytest.raises(ValueError, match="names no place in a model; write L5H3"):
         parse("attn.5")
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(coordinates).failed == 0

@@ -207,9 +207,9 @@ def _from_transformers(where: str, dtype: torch.dtype, facts: dict[str, Any]) ->
         model, info = model_class(config).from_pretrained(
             where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub each have their own
         raise ModelError(_unreadable(where, error)) from error
     if missing := sorted(info["missing_keys"]):
         warnings.warn(
@@ -252,9 +252,12 @@ def _tokenizer(where: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception:  # vision and audio models have none; each family says so in its own way
         return None
+    # Where the files are missing, some families get a tokenizer of special tokens alone.
+    invented = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    return tokenizer if len(tokenizer) - len(invented) > 1 else None
 
 
 def _prefix(tokenizer: Any) -> list[str]:
