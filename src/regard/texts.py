@@ -11,6 +11,7 @@ Probes made of tokens (`repeated_random_tokens`, `induction_batch`), needles in 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import random
 import re
@@ -97,7 +98,7 @@ def default_text(tokenizer: Any = None, n_tokens: int = 2000) -> str:
         InputError: more is asked for than the reference holds (about 85,000 tokens).
 
     >>> default_text(n_tokens=10)
-    'Objects, values and types\\n\\nObjects are Pyt'
+    'Objects, values and types\\n\\nObjects are P'
     """
     if n_tokens < 1:
         raise InputError.of("n_tokens", given=n_tokens, expected="at least 1")
@@ -158,14 +159,15 @@ def _paragraphs() -> tuple[str, ...]:
 @cache
 def _definitions() -> tuple[str, ...]:
     """Top-level functions and classes of the modules, without the very short ones."""
-    pieces = [
-        piece.rstrip()
-        for path in map(_stdlib, _MODULES)
-        if path.is_file()
-        for piece in re.split(r"\n(?=(?:@|def |class |async def ))", path.read_text("utf-8"))[1:]
-        if len(piece) > 200
-    ]
-    return tuple(dict.fromkeys(pieces))
+    pieces = []
+    for path in filter(Path.is_file, map(_stdlib, _MODULES)):
+        text = path.read_text("utf-8")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                first = min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
+                pieces.append("\n".join(lines[first - 1 : node.end_lineno]))
+    return tuple(dict.fromkeys(piece for piece in pieces if len(piece) > 200))
 
 
 @cache
