@@ -1,0 +1,407 @@
+"""Who writes, keeps and erases a massive activation: sub-layers, heads and neurons, layer by layer.
+
+In a residual architecture the stream at token t* and dimension d* is a sum,
+
+    h_L[t*, d*] = embedding + sum_l ( attention_l + MLP_l )[t*, d*]
+    attention_l = sum_h (o_h W_o^h)[d*] + b_o[d*]          o_h: output of head h at t*
+    MLP_l       = sum_n a_n W_down[d*, n] + b_down[d*]     a_n: neuron n, the input of the down projection
+
+so each head and neuron has an exact share (component attribution of arXiv 2510.22603; arXiv 2410.13835 for the erasing last
+layers). Where a norm follows the sub-layer (Gemma 2, OLMo 2), its scale at t* is taken as given, which keeps the sum exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regard._errors import AttachError, InputError
+from regard.attach import BlockParts, Session
+from regard.coordinates import Head, Neuron
+from regard.engine import AttentionCall, State
+from regard.instruments._tokens import first_token, wide
+from regard.instruments.base import Instrument, SiteKey
+from regard.instruments.stream import ResidualPeaks
+
+if TYPE_CHECKING:
+    import polars
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """What one part adds to the dimension: `site` is a `Head`, a `Neuron`, or "L5.attention", "L5.mlp", "embedding".
+
+    `share` is signed and relative to the peak: > 0 writes it, < 0 erases it.
+    """
+
+    site: Head | Neuron | str
+    layer: int
+    amount: float
+    share: float
+
+
+@dataclass(slots=True)
+class Writing:
+    """The decomposition of one dimension at one token, averaged over sequences; L layers, H heads.
+
+    Attributes:
+        token: position from the first real token; dimension: the residual dimension.
+        embedding: the value that enters block 0.
+        stream: the value after each block; attention, mlp: what each sub-layer adds.
+        heads: what each head adds (NaN where a layer's attention cannot be split).
+        neurons: for each layer, what each neuron adds (None where the MLP has no single down projection).
+        peak: the value of `stream` of largest size.
+    """
+
+    token: int
+    dimension: int
+    embedding: float
+    stream: Float[Tensor, " layers"]
+    attention: Float[Tensor, " layers"]
+    mlp: Float[Tensor, " layers"]
+    heads: Float[Tensor, "layers heads"]
+    neurons: list[Tensor | None]
+    stack: str = ""
+
+    @property
+    def peak(self) -> float:
+        return float(self.stream[self.stream.abs().argmax()])
+
+    def sublayers(self) -> list[Write]:
+        """The embedding and every attention and MLP write in the order in which they happen."""
+        found = [Write("embedding", -1, self.embedding, self.embedding / self.peak)]
+        prefix = f"{self.stack}." if self.stack else ""
+        for layer, pair in enumerate(zip(self.attention.tolist(), self.mlp.tolist(), strict=True)):
+            for part, amount in zip(("attention", "mlp"), pair, strict=True):
+                found.append(Write(f"{prefix}L{layer}.{part}", layer, amount, amount / self.peak))
+        return found
+
+    def parts(self) -> list[Write]:
+        """Every head and neuron; a layer of neurons gives its 32 largest of either sign."""
+        found = []
+        for layer, row in enumerate(self.heads.tolist()):
+            for head, amount in enumerate(row):
+                if amount == amount:
+                    site = Head(layer, head, self.stack)
+                    found.append(Write(site, layer, amount, amount / self.peak))
+        for layer, amounts in enumerate(self.neurons):
+            if amounts is not None:
+                top = amounts.abs().argsort(descending=True)[:32]
+                for index, amount in zip(top.tolist(), amounts[top].tolist(), strict=True):
+                    site = Neuron(layer, index, self.stack)
+                    found.append(Write(site, layer, amount, amount / self.peak))
+        return found
+
+    def writers(self, count: int = 10, *, sublayers: bool = False) -> list[Write]:
+        """The heads and neurons (or the sub-layers) that add most to the peak."""
+        table = self.sublayers() if sublayers else self.parts()
+        found = sorted(table, key=lambda write: -write.share)[:count]
+        return [write for write in found if write.share > 0]
+
+    def erasers(self, count: int = 10, *, sublayers: bool = False) -> list[Write]:
+        """Those that take most away from it."""
+        table = self.sublayers() if sublayers else self.parts()
+        found = sorted(table, key=lambda write: write.share)[:count]
+        return [write for write in found if write.share < 0]
+
+    def to_frame(self) -> polars.DataFrame:
+        """Columns `site, layer, kind, amount, share` of sub-layers, heads and leading neurons."""
+        import polars
+
+        rows = [(str(w.site), w.layer, "sub-layer", w.amount, w.share) for w in self.sublayers()]
+        rows += [
+            (str(w.site), w.layer, type(w.site).__name__.lower(), w.amount, w.share)
+            for w in self.parts()
+        ]
+        return polars.DataFrame(
+            rows, schema=["site", "layer", "kind", "amount", "share"], orient="row"
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The stream's value by layer, and what attention and MLP add (needs the `plot` extra)."""
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+        layers = torch.arange(len(self.stream))
+        ax.bar(layers - 0.2, self.attention.numpy(), 0.4, label="attention adds")
+        ax.bar(layers + 0.2, self.mlp.numpy(), 0.4, label="MLP adds")
+        ax.plot(layers, self.stream.numpy(), color="black", linewidth=1, label="stream after block")
+        ax.set(xlabel="layer", ylabel=f"dimension {self.dimension}, token {self.token}")
+        ax.legend()
+        return ax
+
+
+class Writers(Instrument):
+    """Keeps what every part of every layer adds at one token, so that any dimension can be decomposed afterwards.
+
+    Args:
+        token: which token to follow, counted from the first real one of each sequence. Sequences too short for it and decode
+            steps are left out.
+
+    `compute()` decomposes the dimension of largest size, `compute(507)` the one given.
+
+    Cost: reads one token's rows and runs its projections a second time to check the sums, O(1 / tokens) of the forward pass;
+    memory O(layers x (dim + d_ff)), whatever the number of sequences. The instrument refers to the model until it is deleted.
+
+    Raises (at `compute`):
+        AttachError: when a block's output is not its input plus what attention and MLP add.
+        InputError: when nothing was observed.
+    """
+
+    states = {
+        name: "sum"
+        for name in ("embed", "attention", "mlp", "block", "heads", "neurons")
+        + ("embed.count", "heads.count", "neurons.count")
+    }
+
+    def __init__(self, token: int = 0) -> None:
+        super().__init__()
+        if token < 0:
+            raise InputError.of("token", given=token, expected="a position >= 0")
+        self.token = token
+        self._blocks: dict[SiteKey, BlockParts] = {}
+        self._gains: dict[int, Tensor] = {}
+        self.stop()
+
+    def start(self, session: Session) -> None:
+        for stack in session.stacks:
+            for block in stack.blocks:
+                self._blocks[stack.name, block.layer] = block
+
+    def stop(self) -> None:
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._tokens = 0
+        self._held: dict[tuple[str, SiteKey], Tensor] = {}
+
+    def residual(self, state: State) -> None:
+        if state.hidden.dim() != 3:
+            return
+        key = (state.stack, state.layer)
+        if state.part == "embed":
+            self._choose(state)
+            if self._rows is not None:
+                self.accumulate("embed.count", key, torch.tensor(float(len(self._rows[0]))))
+        if self._rows is None:
+            return
+        written = wide(state.hidden[self._rows])
+        if key in self._blocks and state.part in ("attention", "mlp"):
+            self._split(self._blocks[key], state.part, key, written)
+        self.accumulate(state.part, key, written.double().sum(0).cpu())
+
+    def _choose(self, state: State) -> None:
+        """Which slot of each sequence to read in this forward pass; none in a decode step."""
+        batch, tokens = state.hidden.shape[:2]
+        self._rows, self._tokens, self._held = None, tokens, {}
+        if tokens == 1 and (state.stack, 0) in self.state["embed"]:
+            return
+        slot = first_token(state.valid, batch, state.hidden.device) + self.token
+        there = slot < tokens
+        if state.valid is not None:
+            there &= state.valid.gather(1, slot.clamp(max=tokens - 1)[:, None])[:, 0]
+        if bool(there.any()):
+            self._rows = (there.nonzero()[:, 0], slot[there])
+
+    def heads(self, call: AttentionCall, output: Tensor) -> None:
+        if self._rows is not None and call.site.kind == "self":
+            sequences, slots = self._rows
+            self._held["attention", call.site.key] = wide(output[sequences, :, slots])
+
+    def neurons(self, state: State) -> None:
+        if self._rows is None:
+            return
+        sequences, slots = self._rows
+        hidden = state.hidden
+        if hidden.dim() == 2 and len(hidden) % self._tokens == 0:  # OPT flattens its batch here
+            hidden = hidden.view(-1, self._tokens, hidden.shape[-1])
+        if hidden.dim() == 3:
+            self._held["mlp", (state.stack, state.layer)] = wide(hidden[sequences, slots])
+
+    def _split(self, block: BlockParts, part: str, key: SiteKey, written: Tensor) -> None:
+        """Adds the heads' outputs or the neurons of a sub-layer, when their projections do sum to what it wrote."""
+        held = self._held.pop((part, key), None)
+        own, projection, name = (
+            (block.attention, block.output_projection, "heads")
+            if part == "attention"
+            else (block.mlp, block.down_projection, "neurons")
+        )
+        last = block.attention_write if part == "attention" else block.mlp_write
+        weight = None if projection is None else matrix(projection)
+        if held is None or weight is None or held.flatten(1).shape[1] != weight[0].shape[1]:
+            return
+        inputs = held.flatten(1).to(weight[0].dtype)
+        projected = nn.functional.linear(inputs, *weight).to(written.dtype)
+        scale = written.new_ones(len(written), 1)
+        if last is not own:
+            assert last is not None
+            projected = projected * self._gain(last, written).to(written.dtype)
+            scale = (written * projected).sum(-1, True) / projected.square().sum(-1, True)
+        gap = (projected * scale - written).abs().amax()
+        exact = weight[0].dtype in (torch.float32, torch.float64)
+        if float(gap) > (1e-3 if exact else 3e-2) * float(written.abs().amax()):
+            return
+        scale = scale.view(-1, *[1] * (held.dim() - 1)).double()
+        self.accumulate(name, key, (held.double() * scale).sum(0).cpu())
+        self.accumulate(f"{name}.count", key, torch.tensor(float(len(held))))
+
+    def _gain(self, norm: nn.Module, like: Tensor) -> Tensor:
+        """The gain of an RMS norm: what it makes of a vector of ones. Other norms fail the check that follows."""
+        if id(norm) not in self._gains:
+            parameter = next(norm.parameters(), like)
+            ones = torch.ones(1, 1, like.shape[-1], dtype=parameter.dtype, device=like.device)
+            with torch.no_grad():  # `forward` itself: calling the module would run this session's hooks
+                self._gains[id(norm)] = norm.forward(ones)[0, 0].detach()
+        return self._gains[id(norm)]
+
+    def compute(self, dimension: int | None = None) -> dict[str, Writing]:
+        """The decomposition of one dimension for every stack in which the sums hold."""
+        if not self.state["embed"]:
+            raise InputError(
+                f"no sequence with a token {self.token} was observed; run the model inside regard.attach(model, Writers())"
+            )
+        found, reasons = {}, []
+        for stack, _ in self.state["embed"]:
+            reason = self._not_additive(stack)
+            if reason:
+                reasons.append(reason)
+            else:
+                found[stack] = self._decompose(stack, dimension)
+        if not found:
+            raise AttachError(
+                f"{reasons[0]}; writers and erasers are defined where a block adds its attention and its MLP to the stream"
+            )
+        return found
+
+    def _layers(self, stack: str) -> list[int]:
+        return sorted(layer for name, layer in self.state["block"] if name == stack)
+
+    def _vectors(self, stack: str, part: str) -> Float[Tensor, "layers dim"]:
+        zero = torch.zeros_like(self.state["embed"][stack, 0])
+        rows = [self.state[part].get((stack, layer), zero) for layer in self._layers(stack)]
+        return torch.stack(rows) / self.state["embed.count"][stack, 0]
+
+    def _not_additive(self, stack: str) -> str:
+        """Why the decomposition would be wrong, or an empty text."""
+        block = self._vectors(stack, "block")
+        first = (self.state["embed"][stack, 0] / self.state["embed.count"][stack, 0])[None]
+        before = torch.cat([first, block[:-1]])
+        gap = block - before - self._vectors(stack, "attention") - self._vectors(stack, "mlp")
+        worst = gap.abs().amax(-1) / torch.maximum(block.abs(), before.abs()).amax(-1).clamp_min(1e-9)
+        layer = int(worst.argmax())
+        if float(worst[layer]) <= 2e-2:
+            return ""
+        where = f"{stack} " if stack else ""
+        return (
+            f"{where}block {layer} is not its input plus its attention and MLP writes "
+            f"(they differ by {float(worst[layer]):.0%} of the stream)"
+        )
+
+    def _decompose(self, stack: str, dimension: int | None) -> Writing:
+        block = self._vectors(stack, "block")
+        size = block.shape[-1]
+        if dimension is None:
+            dimension = int(block.abs().amax(0).argmax())
+        if not 0 <= dimension < size:
+            raise InputError.of("dimension", given=dimension, expected=f"from 0 to {size - 1}")
+        heads, neurons = [], []
+        for layer in self._layers(stack):
+            heads.append(self._contributions("heads", (stack, layer), dimension))
+            neurons.append(self._contributions("neurons", (stack, layer), dimension))
+        most = max((len(row) for row in heads if row is not None), default=0)
+        table = torch.full((len(heads), most), float("nan"))
+        for layer, row in enumerate(heads):
+            if row is not None:
+                table[layer, : len(row)] = row
+        count = self.state["embed.count"][stack, 0]
+        return Writing(
+            self.token,
+            dimension,
+            float(self.state["embed"][stack, 0][dimension] / count),
+            block[:, dimension].float(),
+            self._vectors(stack, "attention")[:, dimension].float(),
+            self._vectors(stack, "mlp")[:, dimension].float(),
+            table,
+            neurons,
+            stack,
+        )
+
+    def _contributions(self, name: str, key: SiteKey, dimension: int) -> Tensor | None:
+        """What each head or neuron adds to `dimension`, averaged over sequences."""
+        count = self.state["embed.count"][key[0], 0]
+        if not torch.equal(self.state[f"{name}.count"].get(key, torch.zeros(())), count):
+            return None
+        block = self._blocks[key]
+        projection = block.output_projection if name == "heads" else block.down_projection
+        last = block.attention_write if name == "heads" else block.mlp_write
+        own = block.attention if name == "heads" else block.mlp
+        assert projection is not None
+        found = matrix(projection)
+        assert found is not None
+        row = found[0][dimension].double().cpu()
+        if last is not own:
+            assert last is not None
+            row = row * self._gain(last, found[0][:, 0]).double().cpu()[dimension]
+        mean = self.state[name][key] / count
+        return (mean * row.view(mean.shape)).sum(-1).float() if name == "heads" else (mean * row).float()
+
+    def to_frame(self) -> polars.DataFrame:
+        """The decomposition of the largest dimension (needs the `frames` extra)."""
+        import polars
+
+        return polars.concat([writing.to_frame() for writing in self.compute().values()])
+
+    def measures(self) -> dict[str, Any]:
+        """None: a head's write is about one dimension; see `compute()`."""
+        return {}
+
+    def plot(self) -> Any:
+        """The largest dimension by layer (needs the `plot` extra)."""
+        return next(iter(self.compute().values())).plot().figure
+
+
+def matrix(projection: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight `[out, in]` and bias of a linear layer or of GPT-2's transposed one; None for anything else."""
+    weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    if isinstance(projection, nn.Linear):
+        return weight.detach(), None if bias is None else bias.detach()
+    if type(projection).__name__ == "Conv1D":
+        return weight.detach().T, None if bias is None else bias.detach()
+    return None
+
+
+def writers(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    token: int | None = None,
+    dimension: int | None = None,
+    stack: str = "",
+) -> Writing:
+    """Finds the largest activation of the residual stream and names who writes and erases it; two forward passes.
+
+    Args:
+        input_ids: token ids `[batch, tokens]`.
+        token, dimension: decompose this place instead of the one found.
+
+    Raises:
+        AttachError: when blocks do not add their parts to the stream.
+    """
+    inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    if token is None:
+        peaks = ResidualPeaks()
+        with torch.inference_mode(), Session(model, peaks):
+            model(**inputs)
+        _, token, found = peaks.compute()[stack].summit
+        dimension = found if dimension is None else dimension
+    follow = Writers(token)
+    with torch.inference_mode(), Session(model, follow):
+        model(**inputs)
+    return follow.compute(dimension)[stack]
