@@ -65,7 +65,9 @@ class BosCosine(Instrument):
     def compute(self) -> dict[str, list[Tensor]]:
         table: dict[str, list[Tensor]] = {}
         for stack in dict.fromkeys(name for name, _ in self.state["cosine"]):
-            sites = [rows for (name, _), rows in sorted(self.state["cosine"].items()) if name == stack]
+            sites = [
+                rows for (name, _), rows in sorted(self.state["cosine"].items()) if name == stack
+            ]
             table[stack] = [torch.stack(batch) for batch in zip(*sites, strict=True)]
         return table
 
@@ -127,8 +129,16 @@ class QueryKeyAngle(Instrument):
             gap[site] = ((total - self.state["others"][site]) / count).float()
         made = (
             ("cosine to first key", first, "mean over queries of cos(q_t, k_first)"),
-            ("cosine to other keys", others, "mean over queries of the mean cos(q_t, k_j) over other keys"),
-            ("angle to first key", gap, "cos(q_t, k_first) - mean over the other keys of cos(q_t, k_j)"),
+            (
+                "cosine to other keys",
+                others,
+                "mean over queries of the mean cos(q_t, k_j) over other keys",
+            ),
+            (
+                "angle to first key",
+                gap,
+                "cos(q_t, k_first) - mean over the other keys of cos(q_t, k_j)",
+            ),
         )
         return {name: HeadMeasure(name, "cosine", table, {}, text) for name, table, text in made}
 
@@ -178,7 +188,9 @@ class NormReport:
         for ax, part in zip(axes, ("hidden", "key", "value"), strict=True):
             for who in ("first", "others"):
                 y = [getattr(layer, f"{part}_{who}") for layer in self.layers]
-                ax.plot(x, y, label=f"{who.removesuffix('s')} token{'s' if who == 'others' else ''}")
+                ax.plot(
+                    x, y, label=f"{who.removesuffix('s')} token{'s' if who == 'others' else ''}"
+                )
             ax.set(title=f"{part} state", xlabel="layer", ylabel="mean norm", yscale="log")
         axes[0].legend()
         return figure

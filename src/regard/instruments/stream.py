@@ -90,7 +90,15 @@ class Skyline:
         """One row for each site (needs the `frames` extra)."""
         import polars
 
-        names = ("peak", "peak_token", "peak_dimension", "median", "first_norm", "median_norm", "ratio")
+        names = (
+            "peak",
+            "peak_token",
+            "peak_dimension",
+            "median",
+            "first_norm",
+            "median_norm",
+            "ratio",
+        )
         columns = {"site": range(len(self.peak))} | {n: getattr(self, n).tolist() for n in names}
         return polars.DataFrame(columns)
 
@@ -137,7 +145,9 @@ class ResidualPeaks(Instrument):
 
     states = {"records": "list", "massive": "list"}
 
-    def __init__(self, ratio: float = 1000.0, floor: float = 100.0, tokens: int | None = 256) -> None:
+    def __init__(
+        self, ratio: float | int = 1000, floor: float | int = 100, tokens: int | None = 256
+    ) -> None:
         super().__init__()
         if ratio <= 0 or floor < 0:
             raise InputError(f"ratio must be > 0 and floor >= 0, got {ratio} and {floor}")
@@ -180,7 +190,9 @@ class ResidualPeaks(Instrument):
         numbers = [float(hidden[token, dimension]), token, dimension, median, norms[0], others]
         record = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
         least = max(self.ratio * float(median), self.floor)
-        if not (float(size[token, dimension]) >= least and float(size[token, dimension]) > self.floor):
+        if not (
+            float(size[token, dimension]) >= least and float(size[token, dimension]) > self.floor
+        ):
             return record, torch.zeros(0, 3, dtype=torch.float64)
         at = ((size >= least) & (size > self.floor)).nonzero()
         values = hidden[at[:, 0], at[:, 1]].double()
@@ -194,7 +206,9 @@ class ResidualPeaks(Instrument):
             InputError: when nothing was observed.
         """
         if not self.state["records"]:
-            raise InputError("nothing was observed; run the model inside regard.attach(model, ResidualPeaks())")
+            raise InputError(
+                "nothing was observed; run the model inside regard.attach(model, ResidualPeaks())"
+            )
         stacks = dict.fromkeys(stack for stack, _ in self.state["records"])
         return {stack: self._skyline(stack) for stack in stacks}
 

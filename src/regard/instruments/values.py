@@ -54,7 +54,7 @@ class ValueDrain(Instrument):
     0.1
     """
 
-    states = {name: "sum" for name in ("value", "key", "value ratio", "key ratio", "sequences")}
+    states = dict.fromkeys(("value", "key", "value ratio", "key ratio", "sequences"), "sum")
 
     def after(self, call: AttentionCall) -> None:
         found = prompt_keys(call)
@@ -85,7 +85,9 @@ class ValueDrain(Instrument):
         rest = "mean norm over the other tokens"
         found = [
             measure("value drain", "ratio", "value ratio", None, f"||v_first|| / {rest}"),
-            measure("key norm ratio", "ratio", "key ratio", None, f"||k_first|| / {rest}, after RoPE"),
+            measure(
+                "key norm ratio", "ratio", "key ratio", None, f"||k_first|| / {rest}, after RoPE"
+            ),
             measure("first value norm", "norm", "value", 0, "||v|| of the first token"),
             measure("other value norm", "norm", "value", 1, f"||v||, {rest}"),
             measure("first key norm", "norm", "key", 0, "||k|| of the first token, after RoPE"),

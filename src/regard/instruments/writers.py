@@ -154,11 +154,13 @@ class Writers(Instrument):
         InputError: when nothing was observed.
     """
 
-    states = {
-        name: "sum"
-        for name in ("embed", "attention", "mlp", "block", "heads", "neurons")
-        + ("embed.count", "heads.count", "neurons.count")
-    }
+    states = dict.fromkeys(
+        [
+            *("embed", "attention", "mlp", "block", "heads", "neurons"),
+            *("embed.count", "heads.count", "neurons.count"),
+        ],
+        "sum",
+    )
 
     def __init__(self, token: int = 0) -> None:
         super().__init__()
@@ -176,28 +178,29 @@ class Writers(Instrument):
 
     def stop(self) -> None:
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._tokens = 0
+        self._shape: tuple[int, ...] = ()
         self._held: dict[tuple[str, SiteKey], Tensor] = {}
 
     def residual(self, state: State) -> None:
-        if state.hidden.dim() != 3:
-            return
         key = (state.stack, state.layer)
         if state.part == "embed":
             self._choose(state)
             if self._rows is not None:
                 self.accumulate("embed.count", key, torch.tensor(float(len(self._rows[0]))))
-        if self._rows is None:
+        read = self._read(state.hidden)
+        if read is None:
             return
-        written = wide(state.hidden[self._rows])
+        written = wide(read)
         if key in self._blocks and state.part in ("attention", "mlp"):
             self._split(self._blocks[key], state.part, key, written)
         self.accumulate(state.part, key, written.double().sum(0).cpu())
 
     def _choose(self, state: State) -> None:
         """Which slot of each sequence to read in this forward pass; none in a decode step."""
-        batch, tokens = state.hidden.shape[:2]
-        self._rows, self._tokens, self._held = None, tokens, {}
+        self._rows, self._held = None, {}
+        if state.hidden.dim() != 3:
+            return
+        self._shape = batch, tokens = state.hidden.shape[:2]
         if tokens == 1 and (state.stack, 0) in self.state["embed"]:
             return
         slot = first_token(state.valid, batch, state.hidden.device) + self.token
@@ -207,20 +210,25 @@ class Writers(Instrument):
         if bool(there.any()):
             self._rows = (there.nonzero()[:, 0], slot[there])
 
+    def _read(self, hidden: Tensor) -> Tensor | None:
+        """The followed rows `[sequences, features]` of a tensor over all tokens."""
+        if self._rows is None:
+            return None
+        if (
+            hidden.dim() == 2 and len(hidden) == self._shape[0] * self._shape[1]
+        ):  # OPT flattens its batch
+            hidden = hidden.view(*self._shape, -1)
+        return hidden[self._rows] if hidden.shape[:2] == self._shape else None
+
     def heads(self, call: AttentionCall, output: Tensor) -> None:
         if self._rows is not None and call.site.kind == "self":
             sequences, slots = self._rows
             self._held["attention", call.site.key] = wide(output[sequences, :, slots])
 
     def neurons(self, state: State) -> None:
-        if self._rows is None:
-            return
-        sequences, slots = self._rows
-        hidden = state.hidden
-        if hidden.dim() == 2 and len(hidden) % self._tokens == 0:  # OPT flattens its batch here
-            hidden = hidden.view(-1, self._tokens, hidden.shape[-1])
-        if hidden.dim() == 3:
-            self._held["mlp", (state.stack, state.layer)] = wide(hidden[sequences, slots])
+        read = self._read(state.hidden)
+        if read is not None:
+            self._held["mlp", (state.stack, state.layer)] = wide(read)
 
     def _split(self, block: BlockParts, part: str, key: SiteKey, written: Tensor) -> None:
         """Adds the heads' outputs or the neurons of a sub-layer, when their projections do sum to what it wrote."""
@@ -254,7 +262,9 @@ class Writers(Instrument):
         if id(norm) not in self._gains:
             parameter = next(norm.parameters(), like)
             ones = torch.ones(1, 1, like.shape[-1], dtype=parameter.dtype, device=like.device)
-            with torch.no_grad():  # `forward` itself: calling the module would run this session's hooks
+            with (
+                torch.no_grad()
+            ):  # `forward` itself: calling the module would run this session's hooks
                 self._gains[id(norm)] = norm.forward(ones)[0, 0].detach()
         return self._gains[id(norm)]
 
@@ -291,7 +301,9 @@ class Writers(Instrument):
         first = (self.state["embed"][stack, 0] / self.state["embed.count"][stack, 0])[None]
         before = torch.cat([first, block[:-1]])
         gap = block - before - self._vectors(stack, "attention") - self._vectors(stack, "mlp")
-        worst = gap.abs().amax(-1) / torch.maximum(block.abs(), before.abs()).amax(-1).clamp_min(1e-9)
+        worst = gap.abs().amax(-1) / torch.maximum(block.abs(), before.abs()).amax(-1).clamp_min(
+            1e-9
+        )
         layer = int(worst.argmax())
         if float(worst[layer]) <= 2e-2:
             return ""
@@ -347,7 +359,11 @@ class Writers(Instrument):
             assert last is not None
             row = row * self._gain(last, found[0][:, 0]).double().cpu()[dimension]
         mean = self.state[name][key] / count
-        return (mean * row.view(mean.shape)).sum(-1).float() if name == "heads" else (mean * row).float()
+        return (
+            (mean * row.view(mean.shape)).sum(-1).float()
+            if name == "heads"
+            else (mean * row).float()
+        )
 
     def to_frame(self) -> polars.DataFrame:
         """The decomposition of the largest dimension (needs the `frames` extra)."""
@@ -394,7 +410,9 @@ def writers(
     Raises:
         AttachError: when blocks do not add their parts to the stream.
     """
-    inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    inputs = {"input_ids": input_ids} | (
+        {} if attention_mask is None else {"attention_mask": attention_mask}
+    )
     if token is None:
         peaks = ResidualPeaks()
         with torch.inference_mode(), Session(model, peaks):
