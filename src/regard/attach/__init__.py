@@ -7,13 +7,24 @@ from types import ModuleType
 
 from torch import nn
 
+from regard.attach import transformers as _transformers  # noqa: F401  (registers the attention function)
 from regard.attach.anatomy import BlockParts, Stack, anatomy
 from regard.attach.equality import Equality, equality
 from regard.attach.modules import HookedAttention
-from regard.attach.session import Session
+from regard.attach.session import PartialAttachWarning, Session
 from regard.engine import Method
 
-__all__ = ["BlockParts", "Equality", "HookedAttention", "Session", "Stack", "anatomy", "attach", "equality"]
+__all__ = [
+    "BlockParts",
+    "Equality",
+    "HookedAttention",
+    "PartialAttachWarning",
+    "Session",
+    "Stack",
+    "anatomy",
+    "attach",
+    "equality",
+]
 
 
 def attach(model: nn.Module, *methods: Method, rows: float | None = None, seed: int = 0) -> Session:
@@ -28,7 +39,9 @@ def attach(model: nn.Module, *methods: Method, rows: float | None = None, seed: 
 class _Room(ModuleType):
     """Lets `regard.attach(model, ...)` work although `regard.attach` is also a package."""
 
-    def __call__(self, model: nn.Module, *methods: Method, rows: float | None = None, seed: int = 0) -> Session:
+    def __call__(
+        self, model: nn.Module, *methods: Method, rows: float | None = None, seed: int = 0
+    ) -> Session:
         return attach(model, *methods, rows=rows, seed=seed)
 
 

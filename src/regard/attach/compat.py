@@ -6,25 +6,44 @@ mask interface would silently run without any mask, so both are registered toget
 
 from __future__ import annotations
 
+import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 
 from regard.engine.masks import DeferredMask
 
 NAME = "regard"
+EAGER = "regard_eager"
+"""For models that run eager: they expect additive masks, and a mask in every case."""
 
 
-def register(function: Callable[..., tuple[Tensor, None]]) -> None:
-    """Makes `function` the attention implementation called `regard`."""
+def register(
+    function: Callable[..., tuple[Tensor, None]], eager: Callable[..., tuple[Tensor, None]]
+) -> None:
+    """Makes these functions the attention implementations called `regard` and `regard_eager`.
+
+    No name of ours may contain "flash" (taken for a request for a kernel) or start with "paged|".
+    """
     AttentionInterface.register(NAME, function)
     AttentionMaskInterface.register(NAME, deferred_mask)
+    AttentionInterface.register(EAGER, eager)
+    AttentionMaskInterface.register(EAGER, deferred_eager_mask)
+
+
+def name_for(original: Any) -> str:
+    """The implementation that replaces `original`: without one, transformers runs eager."""
+    return EAGER if original in ("eager", None) else NAME
 
 
 def deferred_mask(
@@ -40,25 +59,31 @@ def deferred_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    additive: torch.dtype | None = None,
     **rest: Any,
 ) -> Tensor | None:
     """transformers' mask request answered by a rule instead of a queries x keys tensor.
 
-    None is returned in the cases in which the fused kernel needs no mask (plain causal, plain full). Rules that are not
-    index-based (`use_vmap`) are built as a tensor by transformers itself.
+    None is returned in the cases in which the fused kernel needs no mask (plain causal, plain full): the same cases as in
+    transformers, since models compute with the mask (Doge, for one, is only causal where it gets one). Rules that are not
+    index-based (`use_vmap`) are built as a tensor by transformers itself. `additive` is the dtype of a mask for eager models.
     """
-    settings = dict(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, device=device
-    )
     if use_vmap:
-        return sdpa_mask(
-            **settings,
+        build = sdpa_mask if additive is None else eager_mask
+        return build(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
             mask_function=mask_function,  # type: ignore[arg-type]
             attention_mask=attention_mask,
             local_size=local_size,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             use_vmap=True,
+            device=device,
+            **({} if additive is None else {"dtype": additive}),
             **rest,
         )
     offset = int(q_offset)
@@ -70,6 +95,8 @@ def deferred_mask(
             return None
         if allow_is_bidirectional_skip:
             return None
+    if allow_is_causal_skip and not narrow and offset == 0 and _only_future(key_valid, q_length):
+        return None
     assert mask_function is not None
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -80,8 +107,29 @@ def deferred_mask(
 
     shape = (int(batch_size), 1, int(q_length), int(kv_length))
     return DeferredMask(
-        rule, shape, query_offset=offset, key_offset=int(kv_offset), key_valid=key_valid, device=device
+        rule,
+        shape,
+        query_offset=offset,
+        key_offset=int(kv_offset),
+        key_valid=key_valid,
+        causal=not padded and mask_function is causal_mask_function,
+        dtype=torch.bool if additive is None else additive,
+        device=device,
     )
+
+
+def deferred_eager_mask(
+    *args: Any, dtype: torch.dtype = torch.float32, allow_is_causal_skip: bool = False, **rest: Any
+) -> Tensor | None:
+    """The same for models that run eager: a causal mask is never left out, and computes as an additive one."""
+    return deferred_mask(*args, **rest, allow_is_causal_skip=False, additive=dtype)
+
+
+def _only_future(key_valid: Tensor | None, queries: int) -> bool:
+    """Whether only slots after the queries are unused: the first prefill into a static cache."""
+    if key_valid is None:
+        return True
+    return bool(key_valid[:, :queries].all()) and not bool(key_valid[:, queries:].any())
 
 
 def _key_valid(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | None:
@@ -122,25 +170,38 @@ def write_implementation(config: Any, value: Any) -> None:
 
 def uses_interface(module: nn.Module) -> bool:
     """Whether the module's own `forward` (or a helper in its class) looks its attention function up in the interface."""
-    for owner in type(module).__mro__:
+    return not isinstance(module, PreTrainedModel) and _mentions(
+        type(module), ("ALL_ATTENTION_FUNCTIONS",)
+    )
+
+
+def is_hookable(module: nn.Module) -> bool:
+    """Whether attention inside the module reaches the engine: by transformers' interface or by `HookedAttention`."""
+    return bool(getattr(type(module), "attends_through_regard", False)) or uses_interface(module)
+
+
+def computes_softmax(module: nn.Module) -> bool:
+    """Whether the module's class computes attention weights of its own: what cannot be hooked but has weights."""
+    return isinstance(module, nn.MultiheadAttention) or _mentions(
+        type(module), ("softmax(", "scaled_dot_product_attention(", "flash_attn", "nn.Softmax")
+    )
+
+
+@functools.cache
+def _mentions(kind: type[nn.Module], words: tuple[str, ...]) -> bool:
+    for owner in kind.__mro__:
         if owner is nn.Module:
             break
         try:
-            if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(owner):
-                return True
+            source = inspect.getsource(owner)
         except (OSError, TypeError):
             continue
+        if any(word in source for word in words):
+            return True
     return False
 
 
-def file_uses_interface(model: nn.Module) -> bool:
-    """Whether the file that defines the model's class mentions the attention interface at all."""
-    module = sys.modules.get(type(model).__module__)
-    try:
-        return module is not None and "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)
-    except (OSError, TypeError):
-        return False
-
-
 def is_transformers(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) or any(isinstance(m, PreTrainedModel) for m in model.modules())
+    return isinstance(model, PreTrainedModel) or any(
+        isinstance(m, PreTrainedModel) for m in model.modules()
+    )

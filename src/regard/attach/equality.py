@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,26 +48,36 @@ def equality(model: nn.Module, inputs: dict[str, Any], tolerance: float | None =
         AttachError: when the difference exceeds the tolerance.
     """
     with torch.no_grad():
-        plain = _first(model(**inputs))
+        plain = first_tensor(model(**inputs))
         with Session(model, _Reader()):
-            attached = _first(model(**inputs))
+            attached = first_tensor(model(**inputs))
     if tolerance is None:
         tolerance = 1e-4 if plain.dtype in (torch.float32, torch.float64) else 5e-2
-    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == plain.shape[:2]:
-        plain, attached = plain[mask.bool()], attached[mask.bool()]
-    plain, attached = plain.double(), attached.double()
+    plain, attached = valid_part(plain, inputs).double(), valid_part(attached, inputs).double()
     result = Equality(float((plain - attached).abs().max()), float(plain.abs().max()), tolerance)
     if not result.holds:
-        raise AttachError(f"{type(model).__name__}: {result}, above the tolerance {tolerance:g}; nothing was changed")
+        raise AttachError(
+            f"{type(model).__name__}: {result}, above the tolerance {tolerance:g}; nothing was changed"
+        )
     return result
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
+    """The tensor that a model's output is compared by: logits, else the last hidden state, else the first tensor."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "last_hidden_state", "logits_per_image"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
-    return next(value for value in output.values() if isinstance(value, Tensor))
+    values = output.values() if isinstance(output, dict) else output
+    return next(value for value in values if isinstance(value, Tensor))
+
+
+def valid_part(tensor: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The rows of `[batch, tokens, ...]` that are not padding by the attention mask among the inputs."""
+    for name in ("decoder_attention_mask", "attention_mask"):
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tensor.shape[:2]:
+            return tensor[mask.bool()]
+    return tensor

@@ -28,6 +28,14 @@ class HookedAttention(nn.Module):
         """Attention through the engine: `[batch, heads, tokens, dim]` in, the head outputs in the same layout out."""
         causal = self.is_causal if causal is None else causal
         call = AttentionCall.make(
-            query, key, value, mask=mask, causal=causal, scaling=scaling, module=self, valid=valid, key_valid=valid
+            query,
+            key,
+            value,
+            mask=mask,
+            causal=causal,
+            scaling=scaling,
+            module=self,
+            valid=valid,
+            key_valid=valid,
         )
         return dispatch(self, call)

@@ -6,9 +6,12 @@ also after an exception, configs and hooks are exactly as before. Sessions nest:
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
+import warnings
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,14 +19,26 @@ from torch import Tensor, nn
 
 from regard._errors import AttachError, InputError
 from regard.attach import compat
-from regard.attach.anatomy import CROSS, Stack, anatomy
+from regard.attach.anatomy import CROSS, BlockParts, Stack, anatomy
 from regard.attach.stream import StreamHooks
-from regard.engine import AttentionCall, DeferredMask, Method, Pipeline, Site, Workspace, as_mask, attend
+from regard.engine import AttentionCall, Method, Pipeline, Site, Workspace, attend
 
 _SESSIONS: WeakKeyDictionary[nn.Module, list[Session]] = WeakKeyDictionary()
 _ORIGINALS: dict[int, tuple[Any, Any, int]] = {}
 _LOCK = threading.RLock()
 _LOCAL = threading.local()
+
+
+class PartialAttachWarning(UserWarning):
+    """Some of a model's softmax attention is out of reach; the rest is attached."""
+
+
+class Place(NamedTuple):
+    """Where an attention module stands; a module that several blocks share has several places."""
+
+    name: str
+    stack: Stack
+    block: BlockParts
 
 
 class Session:
@@ -38,16 +53,21 @@ class Session:
     Attributes:
         sites: the attention sites seen so far, in the order in which the model ran them.
         stacks: the model's anatomy.
-        unhooked: attention modules that do not use transformers' attention interface.
+        unhooked: softmax attention that cannot be reached; a `PartialAttachWarning` names it when there is any.
+        mixers: layers that mix tokens without a softmax (linear attention, delta rules), which have no weights to see.
 
     Raises:
         AttachError: when the model has no attention, or none that can be hooked.
     """
 
-    def __init__(self, model: nn.Module, *methods: Method, rows: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *methods: Method, rows: float | None = None, seed: int = 0
+    ) -> None:
         for method in methods:
             if not isinstance(method, Method):
-                raise InputError(f"attach expects methods (instances of regard.engine.Method), got {type(method).__name__}")
+                raise InputError(
+                    f"attach expects methods (instances of regard.engine.Method), got {type(method).__name__}"
+                )
         if rows is not None and not 0 < rows <= 1:
             raise InputError(f"rows must be None (every row) or a fraction in (0, 1], got {rows}")
         self.model = model
@@ -58,9 +78,12 @@ class Session:
         self.sites: OrderedDict[tuple[str, int], Site] = OrderedDict()
         self.stacks: list[Stack] = anatomy(model)
         self.unhooked: list[str] = []
+        self.mixers: list[str] = []
         self.generator = torch.Generator()
         self._modules: list[nn.Module] = []
-        self._places: dict[int, tuple[str, Stack, int]] = {}
+        self._places: dict[int, list[Place]] = {}
+        self._sites: dict[tuple[int, int], Site] = {}
+        self._running: BlockParts | None = None
         self._configs: list[Any] = []
         self._handles: list[Any] = []
         self._started: list[Method] = []
@@ -69,8 +92,15 @@ class Session:
         self._open = False
 
     @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The hooked attention modules by their path in the model."""
+        return {self._places[id(module)][0].name: module for module in self._modules}
+
+    @property
     def uses_attention(self) -> bool:
-        return any(self.pipeline[hook] for hook in ("before", "scores", "weights", "heads", "after"))
+        return any(
+            self.pipeline[hook] for hook in ("before", "scores", "weights", "heads", "after")
+        )
 
     @property
     def additive(self) -> dict[str, bool]:
@@ -79,7 +109,9 @@ class Session:
 
     def __enter__(self) -> Session:
         if self._open:
-            raise InputError("this session is open already; make a new one with regard.attach(model, ...)")
+            raise InputError(
+                "this session is open already; make a new one with regard.attach(model, ...)"
+            )
         self.generator.manual_seed(self.seed)
         self._stream = StreamHooks(self)
         try:
@@ -90,7 +122,9 @@ class Session:
                 if self.pipeline["residual"] or self.pipeline["neurons"]:
                     self._handles += self._stream.register()
                 if self.methods:
-                    self._handles.append(self.model.register_forward_pre_hook(self._entering, with_kwargs=True))
+                    self._handles.append(
+                        self.model.register_forward_pre_hook(self._entering, with_kwargs=True)
+                    )
                     self._handles.append(self.model.register_forward_hook(self._leaving))
             for method in self.methods:
                 method.start(self)
@@ -102,6 +136,10 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A copied model is not attached: its copied hooks keep this session, which answers to its own model only."""
+        return self
 
     def close(self) -> None:
         """Takes everything off the model. Safe to call twice."""
@@ -140,49 +178,95 @@ class Session:
 
     def _hook_attention(self) -> None:
         names = {id(module): name for name, module in self.model.named_modules()}
-        found: list[nn.Module] = []
+        found: dict[int, nn.Module] = {}
+        self._places, self._sites, self.unhooked, self.mixers = {}, {}, [], []
         for stack in self.stacks:
             for block in stack.blocks:
                 for module in block.attentions.values():
-                    for inner in module.modules():
-                        if _is_hookable(inner):
-                            self._places[id(inner)] = (names[id(inner)], stack, block.layer)
-                            found.append(inner)
-                            break
-                    else:
-                        self.unhooked.append(f"{names[id(module)]} ({type(module).__name__})")
+                    hookable = [inner for inner in module.modules() if compat.is_hookable(inner)]
+                    for inner in hookable:
+                        place = Place(names[id(inner)], stack, block)
+                        self._places.setdefault(id(inner), []).append(place)
+                        found[id(inner)] = inner
+                    if not hookable:
+                        place = f"{names[id(module)] or 'the model'} ({type(module).__name__})"
+                        has_weights = any(
+                            compat.computes_softmax(inner) for inner in module.modules()
+                        )
+                        (self.unhooked if has_weights else self.mixers).append(place)
         kind = type(self.model).__name__
-        if not self.stacks:
-            raise AttachError(f"{kind} has no attention layers that regard can find (a list of blocks with an attention module)")
-        if not found:
+        if not found and self.unhooked:
             raise AttachError(
                 f"{kind} computes attention inside {self.unhooked[0]} without transformers' attention interface, "
                 "so its weights cannot be reached without changing the model's code; "
                 "families that use the interface are listed in the architecture table of the documentation"
             )
-        for module in found:
+        if not found:
+            mixing = (
+                f"; its layers mix tokens by {self.mixers[0]}, without a softmax"
+                if self.mixers
+                else ""
+            )
+            raise AttachError(
+                f"{kind} has no attention layers that regard can find (a list of blocks with an attention module){mixing}"
+            )
+        if self.unhooked:
+            more = f" and {len(self.unhooked) - 1} more" if len(self.unhooked) > 1 else ""
+            warnings.warn(
+                f"{kind}: attention in {self.unhooked[0]}{more} does not use transformers' attention interface and is "
+                f"not observed or changed (session.unhooked lists all); {len(found)} other attention modules are",
+                PartialAttachWarning,
+                stacklevel=4,
+            )
+        for module in found.values():
             _SESSIONS.setdefault(module, []).append(self)
             self._modules.append(module)
         for config in compat.configs_of(self.model):
-            kept, original, count = _ORIGINALS.get(id(config), (config, compat.read_implementation(config), 0))
+            kept, original, count = _ORIGINALS.get(
+                id(config), (config, compat.read_implementation(config), 0)
+            )
             _ORIGINALS[id(config)] = (kept, original, count + 1)
             self._configs.append(config)
-            compat.write_implementation(config, compat.NAME)
+            compat.write_implementation(config, compat.name_for(original))
+
+        shared = {
+            id(p.block): p.block
+            for places in self._places.values()
+            if len(places) > 1
+            for p in places
+        }
+        for block in shared.values():
+            self._handles.append(block.module.register_forward_pre_hook(self._running_block(block)))
+
+    def _running_block(self, block: BlockParts) -> Any:
+        """Notes which block runs, for attention modules that several blocks share (Zamba)."""
+
+        def hook(module: nn.Module, args: tuple) -> None:
+            if module is block.module:
+                self._running = block
+
+        return hook
 
     def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module is not self.model:
+            return
         self._calls = 0
+        given = {**dict(zip(_arguments(type(module)), args, strict=False)), **kwargs}
         self._masks = {
             name: value
             for name in ("attention_mask", "decoder_attention_mask")
-            if isinstance(value := kwargs.get(name), Tensor) and value.dim() == 2
+            if isinstance(value := given.get(name), Tensor) and value.dim() == 2
         }
 
     def _leaving(self, module: nn.Module, args: tuple, output: object) -> None:
+        if module is not self.model:
+            return
         self._masks = {}
         if self.uses_attention and self._calls == 0:
             raise AttachError(
                 f"{type(self.model).__name__} ran without one attention call reaching regard, so nothing was observed; "
                 "the model does not use transformers' attention interface in this configuration"
+                + (f", its attention is in {self.unhooked[0]}" if self.unhooked else "")
             )
 
     def valid_tokens(self, stack: str, batch: int, tokens: int) -> Tensor | None:
@@ -191,25 +275,48 @@ class Session:
         if stack == "cross" or (stack == "" and any(s.name == "encoder" for s in self.stacks)):
             name = "decoder_attention_mask"
         mask = self._masks.get(name)
-        if mask is None or mask.shape[0] != batch or mask.shape[1] < tokens or stack in ("vision", "audio"):
+        if (
+            mask is None
+            or mask.shape[0] != batch
+            or mask.shape[1] < tokens
+            or stack in ("vision", "audio")
+        ):
             return None
         mask = mask[:, -tokens:].bool()
         return None if bool(mask.all()) else mask
 
     def site(self, module: nn.Module, call: AttentionCall) -> Site:
         """The site of an attention module (made once)."""
-        name, stack, layer = self._places[id(module)]
-        crossing = bool(CROSS.search(name[len(stack.path) :])) or bool(getattr(module, "is_cross_attention", False))
+        places = self._places[id(module)]
+        place = places[0]
+        if len(places) > 1:
+            place = next((p for p in places if p.block is self._running), place)
+        name, stack, layer = place.name, place.stack, place.block.layer
+        self._calls += 1
+        known = self._sites.get((id(module), layer))
+        if known is not None:
+            return known
+        crossing = bool(CROSS.search(name[len(stack.path) :])) or bool(
+            getattr(module, "is_cross_attention", False)
+        )
         label = ("cross" if stack.name == "" else f"{stack.name}.cross") if crossing else stack.name
         found = self.sites.get((label, layer))
         if found is not None and found.name != name:
             label = f"{label or 'self'}:{name.rsplit('.', 1)[-1]}"
             found = self.sites.get((label, layer))
         if found is None:
-            causal = not crossing and bool(getattr(module, "is_causal", False))
-            found = Site(layer, name, "cross" if crossing else "self", causal, call.heads, call.kv_heads, label)
+            causal = not crossing and _is_causal(module, call)
+            found = Site(
+                layer,
+                name,
+                "cross" if crossing else "self",
+                causal,
+                call.heads,
+                call.kv_heads,
+                label,
+            )
             self.sites[found.key] = found
-        self._calls += 1
+        self._sites[id(module), layer] = found
         return found
 
 
@@ -220,15 +327,31 @@ def workspace() -> Workspace:
     return _LOCAL.workspace
 
 
-def _is_hookable(module: nn.Module) -> bool:
-    return bool(getattr(type(module), "attends_through_regard", False)) or compat.uses_interface(module)
+def _is_causal(module: nn.Module, call: AttentionCall) -> bool:
+    """Whether no query of the call sees a later key, by its mask: what a module says of itself is often wrong."""
+    if call.queries == 1 or call.query_offset < 0:
+        return bool(getattr(module, "is_causal", False))
+    for row in {0, call.queries // 2}:
+        window = call.mask.window(torch.tensor([row], device=call.query.device))
+        position = row + call.query_offset
+        if window.hi > position + 1:
+            visible = window.visible(1, call.query.device)
+            if visible is None or bool(visible[..., max(position + 1 - window.lo, 0) :].any()):
+                return False
+    return True
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the positional arguments of a model's `forward`."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def dispatch(module: nn.Module, call: AttentionCall) -> Tensor:
     """Runs a call through every session that holds `module`; the seam that all adapters share."""
     sessions = _SESSIONS.get(module, ())
     if not sessions:
-        return attend(call, _EMPTY, workspace=workspace())
+        return attend(call, _EMPTY)
     sites = [session.site(module, call) for session in sessions]
     call.site = sites[-1]
     if call.valid is None:
@@ -239,63 +362,19 @@ def dispatch(module: nn.Module, call: AttentionCall) -> Tensor:
         pipeline = Pipeline([method for session in sessions for method in session.methods])
         reading = {session.rows for session in sessions if session.pipeline.needs_weights}
         if len(reading) > 1:
-            raise AttachError(f"nested sessions that read weights must sample the same rows, got rows={sorted(map(str, reading))}")
+            raise AttachError(
+                f"nested sessions that read weights must sample the same rows, got rows={sorted(map(str, reading))}"
+            )
         fraction = reading.pop() if reading else None
-    return attend(call, pipeline, fraction=fraction, generator=sessions[-1].generator, workspace=workspace())
+    generator = sessions[-1].generator
+    if getattr(_LOCAL, "busy", False):
+        # a method runs a model inside its hook: the buffers hold the outer call's scores
+        return attend(call, pipeline, fraction=fraction, generator=generator)
+    _LOCAL.busy = True
+    try:
+        return attend(call, pipeline, fraction=fraction, generator=generator, workspace=workspace())
+    finally:
+        _LOCAL.busy = False
 
 
 _EMPTY = Pipeline(())
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: tensors `[batch, heads, tokens, dim]` in, `[batch, tokens, heads, dim]` out."""
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is None and causal and queries > 1 and keys > queries:
-        key, value = key[:, :, :queries], value[:, :, :queries]
-        position_bias = None if position_bias is None else position_bias[..., :queries]
-        keys = queries
-    mask = as_mask(attention_mask, queries, keys, causal)
-    offset, valid, key_valid = 0, None, None
-    if isinstance(mask, DeferredMask):
-        offset = mask.query_offset - mask.key_offset
-        key_valid = mask.key_valid
-        if key_valid is not None and 0 <= offset and offset + queries <= key_valid.shape[1]:
-            valid = key_valid[:, offset : offset + queries]
-            valid = None if bool(valid.all()) else valid
-    elif getattr(module, "is_causal", causal):
-        offset = max(keys - queries, 0)
-    if s_aux is not None and s_aux.dim() != 1:
-        s_aux = s_aux.reshape(-1)
-    call = AttentionCall(
-        query,
-        key,
-        value,
-        mask,
-        float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
-        softcap=softcap,
-        sinks=s_aux,
-        bias=position_bias,
-        dropout=dropout,
-        valid=valid,
-        key_valid=key_valid,
-        query_offset=offset,
-        module=module,
-    )
-    return dispatch(module, call).transpose(1, 2).contiguous(), None
-
-
-compat.register(attention)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from regard.engine import block_sparse, blockwise, dense
 from regard.engine.call import AttentionCall
-from regard.engine.method import Pipeline
+from regard.engine.method import Pipeline, reading
 
 
-def sample_rows(queries: int, fraction: float, generator: torch.Generator, device: torch.device) -> Tensor:
+def sample_rows(
+    queries: int, fraction: float, generator: torch.Generator, device: torch.device
+) -> Tensor:
     """One row drawn at random from each run of `1 / fraction` consecutive rows (stratified), ascending.
 
     The last run may be shorter; every row has the same chance up to that edge.
@@ -49,32 +51,42 @@ def attend(
     for method in pipeline["before"]:
         call = method.before(call) or call
 
-    if isinstance(call.mask, block_sparse.BlockSparseMask) and not pipeline.needs_weights:
-        output = block_sparse.attend(call)
-    elif not pipeline.needs_weights:
+    if not pipeline.needs_weights:
         output = _fused(call, workspace)
     elif fraction is not None and call.queries > 1:
         if not pipeline.reads_only:
-            changing = [type(m).__name__ for m in pipeline.methods if not getattr(m, "reads_only", False)]
-            raise ValueError(f"rows={fraction} samples what is read, but {', '.join(changing)} may change attention; use rows=None")
+            changing = [
+                type(m).__name__ for m in pipeline.methods if not getattr(m, "reads_only", False)
+            ]
+            raise ValueError(
+                f"rows={fraction} samples what is read, but {', '.join(changing)} may change attention; use rows=None"
+            )
         output = _fused(call, workspace)
-        rows = sample_rows(call.queries, fraction, generator or torch.Generator().manual_seed(0), call.query.device)
+        rows = sample_rows(
+            call.queries, fraction, generator or torch.Generator().manual_seed(0), call.query.device
+        )
         call.output = output
         with torch.no_grad():
             share = call.queries / len(rows)
-            blockwise.attend(call, (), pipeline["weights"], rows=rows, share=share, workspace=workspace)
+            blockwise.attend(
+                call, (), pipeline["weights"], rows=rows, share=share, workspace=workspace
+            )
     else:
-        result = blockwise.attend(call, pipeline["scores"], pipeline["weights"], workspace=workspace)
+        result = blockwise.attend(
+            call, pipeline["scores"], pipeline["weights"], workspace=workspace
+        )
         assert result is not None
         output = result
 
     for method in pipeline["heads"]:
-        replaced = method.heads(call, output)
+        with reading(method):
+            replaced = method.heads(call, output)
         if replaced is not None:
             output = replaced
     call.output = output
     for method in pipeline["after"]:
-        method.after(call)
+        with reading(method):
+            method.after(call)
     return output
 
 
@@ -82,6 +94,8 @@ def _fused(call: AttentionCall, workspace: blockwise.Workspace | None) -> Tensor
     if call.fused is not None:
         return call.fused(call)
     if dense.can_attend(call):
+        if isinstance(call.mask, block_sparse.BlockSparseMask) and not call.dropout:
+            return block_sparse.attend(call)
         return dense.attend(call)
     output = blockwise.attend(call, (), (), workspace=workspace)
     assert output is not None

@@ -28,20 +28,39 @@ class Block:
     """
 
     def __init__(
-        self, call: AttentionCall, rows: Tensor, window: Window, scores: Tensor, *, share: float = 1.0, contiguous: bool = True
+        self,
+        call: AttentionCall,
+        rows: Tensor,
+        window: Window,
+        scores: Tensor,
+        *,
+        share: float = 1.0,
+        contiguous: bool = True,
     ) -> None:
         self.call = call
         self.rows = rows
         self.window = window
         self.scores = scores
-        self.weights: Tensor = scores
+        self._weights: Tensor = scores
         self.share = share
         self.contiguous = contiguous
         self.plain = False  # weights == softmax(scores), nothing replaced
         self.scratch: Tensor | None = None
-        self.padded: Tensor | None = None  # storage of the weights with `padding` spare numbers in front
+        self.padded: Tensor | None = (
+            None  # storage of the weights with `padding` spare numbers in front
+        )
         self.padding = 0
         self._first = int(rows[0])
+
+    @property
+    def weights(self) -> Float[Tensor, "batch heads rows keys"]:
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Tensor) -> None:
+        self._weights = weights
+        for name in ("logsumexp", "entropy", "mean_key", "mass", "_received", "_diagonals"):
+            vars(self).pop(name, None)
 
     @property
     def site(self) -> Site:
@@ -126,7 +145,31 @@ class Block:
 
     def received(self) -> Float[Tensor, "batch heads keys"]:
         """Attention that each key of the range receives from the valid rows of this block (not yet times `share`)."""
+        return self._received
+
+    @cached_property
+    def _received(self) -> Tensor:
         return self.row_sum(slice(0, len(self.rows)))
+
+    @cached_property
+    def mass(self) -> Float[Tensor, "batch heads rows"] | float:
+        """What a row's weights sum to: 1.0 for an ordinary softmax, less with learned sinks or replaced weights."""
+        return 1.0 if self.plain else self.weights.sum(-1)
+
+    def seen(self) -> Float[Tensor, "batch keys"]:
+        """How many valid rows of this block see each key of the range (`[1, keys]` when it is the same for the batch)."""
+        if self.visible is None and self.valid is None:
+            width = self.window.hi - self.window.lo
+            return torch.full((1, width), float(len(self.rows)), device=self.rows.device)
+        if self.visible is None:
+            assert self.valid is not None
+            return (
+                self.valid.sum(-1, keepdim=True).float().expand(-1, self.window.hi - self.window.lo)
+            )
+        visible = self.visible.any(1)
+        if self.valid is not None:
+            visible = visible & self.valid[:, :, None]
+        return visible.sum(-2).float()
 
     def row_sum(self, part: slice) -> Float[Tensor, "batch heads keys"]:
         """Column sums over some of the block's rows, padding rows left out."""
@@ -137,10 +180,26 @@ class Block:
 
     def diagonals(self, width: int) -> Float[Tensor, "batch heads rows width"]:
         """Weight on the key `j` slots before the query, for `j = 0 .. width - 1`; 0 where there is no such key."""
+        held = vars(self).get("_diagonals")
+        if held is not None and held.shape[-1] >= width:
+            return held[..., :width]
+        self._diagonals = self._offsets(width)
+        return self._diagonals
+
+    def _offsets(self, width: int) -> Tensor:
         last = self._first + len(self.rows) - 1 + self.call.query_offset - self.window.lo
-        if self.padded is not None and self.contiguous and width <= self.padding and last < self.weights.shape[-1]:
+        if (
+            self.padded is not None
+            and self.contiguous
+            and width <= self.padding
+            and last < self.weights.shape[-1]
+        ):
             return self._strided_diagonals(width)
-        column = self.positions[:, None] - torch.arange(width, device=self.rows.device)[None, :] - self.window.lo
+        column = (
+            self.positions[:, None]
+            - torch.arange(width, device=self.rows.device)[None, :]
+            - self.window.lo
+        )
         inside = (column >= 0) & (column < self.weights.shape[-1])
         index = column.clamp(0, self.weights.shape[-1] - 1).expand(*self.weights.shape[:2], -1, -1)
         return self.weights.gather(-1, index).masked_fill_(~inside, 0)
@@ -151,7 +210,9 @@ class Block:
         first = self._first + self.call.query_offset - self.window.lo - (width - 1)
         strides = (*weights.stride()[:2], weights.stride(2) + 1, 1)
         assert self.padded is not None
-        view = self.padded.as_strided((*weights.shape[:3], width), strides, weights.storage_offset() + first)
+        view = self.padded.as_strided(
+            (*weights.shape[:3], width), strides, weights.storage_offset() + first
+        )
         view = view.flip(-1)
         if first < 0:
             row = torch.arange(len(self.rows), device=view.device)[:, None]

@@ -36,14 +36,20 @@ class BlockSparseMask:
         last = (self.keys - 1) // self.size
         for i, named in enumerate(self.blocks):
             if named.numel() == 0:
-                raise ValueError(f"query block {i} names no key block; every query must see at least one key")
+                raise ValueError(
+                    f"query block {i} names no key block; every query must see at least one key"
+                )
             if int(named.min()) < 0 or int(named.max()) > last:
-                raise ValueError(f"query block {i} names key blocks {named.tolist()}, expected 0..{last}")
+                raise ValueError(
+                    f"query block {i} names key blocks {named.tolist()}, expected 0..{last}"
+                )
 
     def columns(self, block: int) -> Tensor:
         """The key slots of one query block, ascending."""
         named = self.blocks[block]
-        slots = (named[:, None] * self.size + torch.arange(self.size, device=named.device)).flatten()
+        slots = (
+            named[:, None] * self.size + torch.arange(self.size, device=named.device)
+        ).flatten()
         return slots[slots < self.keys]
 
     def window(self, rows: Tensor) -> Window:
@@ -53,7 +59,10 @@ class BlockSparseMask:
             inside = (rows // self.size) == block
             visible[inside.nonzero(), self.columns(block)[None, :]] = True
         if self.causal:
-            visible &= torch.arange(self.keys, device=rows.device)[None, :] <= (rows + self.offset)[:, None]
+            visible &= (
+                torch.arange(self.keys, device=rows.device)[None, :]
+                <= (rows + self.offset)[:, None]
+            )
         lo, hi = int(visible.any(0).nonzero()[0]), int(visible.any(0).nonzero()[-1]) + 1
         hidden = ~visible[:, lo:hi]
         return Window(lo, hi, lo, hidden[None, None], None, bool(hidden.all(-1).any()))
@@ -68,8 +77,18 @@ def attend(call: AttentionCall) -> Tensor:
     groups, group = call.kv_heads, call.group
     expected = -(-queries // mask.size)
     if len(mask.blocks) != expected:
-        raise ValueError(f"the pattern names {len(mask.blocks)} query blocks, but {queries} queries make {expected}")
-    output = torch.empty(batch, groups, group, queries, call.value.shape[-1], dtype=call.query.dtype, device=call.query.device)
+        raise ValueError(
+            f"the pattern names {len(mask.blocks)} query blocks, but {queries} queries make {expected}"
+        )
+    output = torch.empty(
+        batch,
+        groups,
+        group,
+        queries,
+        call.value.shape[-1],
+        dtype=call.query.dtype,
+        device=call.query.device,
+    )
     for block in range(expected):
         rows = slice(block * mask.size, min((block + 1) * mask.size, queries))
         columns = mask.columns(block)
@@ -83,6 +102,8 @@ def attend(call: AttentionCall) -> Tensor:
             position = torch.arange(rows.start, rows.stop, device=columns.device) + mask.offset
             seen = columns[None, :] <= position[:, None]
             hidden = None if bool(seen.all()) else seen.repeat(group, 1)
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=hidden, scale=call.scaling)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=hidden, scale=call.scaling
+        )
         output[..., rows, :] = mixed.view(batch, groups, group, count, -1)
     return output.view(batch, heads, queries, -1)

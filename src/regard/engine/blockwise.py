@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regard.engine.block import Block
 from regard.engine.call import AttentionCall
-from regard.engine.method import Method
+from regard.engine.method import Method, reading
 
 PADDING = 512
 BLOCK_NUMBERS = 2_400_000
@@ -39,7 +39,12 @@ class Workspace:
 
     def take(self, name: str, numbers: int, like: Tensor) -> Tensor:
         held = self.buffers.get(name)
-        if held is None or held.numel() < numbers or held.dtype != like.dtype or held.device != like.device:
+        if (
+            held is None
+            or held.numel() < numbers
+            or held.dtype != like.dtype
+            or held.device != like.device
+        ):
             held = torch.empty(numbers, dtype=like.dtype, device=like.device)
             self.buffers[name] = held
         return held
@@ -71,7 +76,11 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.matmul(left, right)
     if batch * groups > 8:
-        torch.bmm(left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:]), out=out.view(-1, *shape[2:]))
+        torch.bmm(
+            left.reshape(-1, *left.shape[2:]),
+            right.reshape(-1, *right.shape[2:]),
+            out=out.view(-1, *shape[2:]),
+        )
         return out
     for b in range(batch):
         for g in range(groups):
@@ -95,12 +104,14 @@ def attend(
     query, key, value = _working(call.query), _working(call.key), _working(call.value)
     batch, heads, queries, dim = query.shape
     groups, group = call.kv_heads, call.group
-    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    grad = _needs_grad(call, (*methods_scores, *methods_weights))
     workspace = workspace or Workspace()
     keys_t = key.transpose(-1, -2)
     lowest = torch.finfo(query.dtype).min
     sampled = rows is not None
-    output = None if sampled or grad else query.new_empty(batch, groups, group, queries, value.shape[-1])
+    output = (
+        None if sampled or grad else query.new_empty(batch, groups, group, queries, value.shape[-1])
+    )
     pieces: list[Tensor] = []
 
     for block_rows in _row_blocks(call, rows):
@@ -108,7 +119,11 @@ def attend(
         lo, hi, count = window.lo, window.hi, len(block_rows)
         first = int(block_rows[0])
         picked = query[:, :, block_rows] if sampled else query[:, :, first : first + count]
-        picked = picked.view(batch, groups, group, count, dim) if picked.is_contiguous() else picked.unflatten(1, (groups, group))
+        picked = (
+            picked.view(batch, groups, group, count, dim)
+            if picked.is_contiguous()
+            else picked.unflatten(1, (groups, group))
+        )
         folded = (picked * call.scaling).reshape(batch, groups, group * count, dim)
         numbers = batch * heads * count * (hi - lo)
         shape = (batch, groups, group * count, hi - lo)
@@ -117,10 +132,12 @@ def attend(
         scores = _product(folded, keys_t[..., lo:hi], out).view(batch, heads, count, hi - lo)
         scores = _shape_scores(call, window, block_rows, scores, lowest, grad)
         block = Block(call, block_rows, window, scores, share=share, contiguous=not sampled)
+        rewritten = False
         for method in methods_scores:
-            replaced = method.scores(block)
+            with reading(method):
+                replaced = method.scores(block)
             if replaced is not None:
-                block.scores = replaced
+                block.scores, rewritten = replaced, True
 
         if grad or block.scores.dtype != query.dtype:
             weights = torch.softmax(block.scores, -1)
@@ -131,26 +148,37 @@ def attend(
             block.padded, block.padding = storage, PADDING
             if methods_weights:
                 block.scratch = workspace.take("scratch", numbers, query)
-        block.weights, block.plain = weights, call.sinks is None
+        block.weights, block.plain = weights, call.sinks is None and not rewritten
         if window.dead:
             block.weights = weights.masked_fill(~block.visible.any(-1, keepdim=True), 0)  # type: ignore[union-attr]
             block.plain, block.padded = False, None
         if call.sinks is not None:
-            taken = torch.sigmoid(torch.logsumexp(block.scores, -1) - call.sinks.view(1, -1, 1).to(scores.dtype))
+            taken = torch.sigmoid(
+                torch.logsumexp(block.scores, -1) - _sinks(call.sinks, block_rows, scores.dtype)
+            )
             block.weights = block.weights * taken[..., None]
             block.padded = None
         for method in methods_weights:
-            replaced = method.weights(block)
-            if replaced is not None:
-                block.weights, block.plain, block.padded = replaced, False, None
+            with reading(method):
+                replaced = method.weights(block)
+            if replaced is None:
+                continue
+            if sampled:
+                raise ValueError(
+                    f"{type(method).__name__} says that it only reads (reads_only = True) but returned other weights; "
+                    "set reads_only = False and attach it with rows=None"
+                )
+            block.weights, block.plain, block.padded = replaced, False, None
         if sampled:
             continue
 
         used = block.weights
         if call.dropout:
             used = torch.nn.functional.dropout(used, call.dropout)
-        mixed = torch.matmul(used.view(shape), value[..., lo:hi, :]) if used.is_contiguous() or grad else torch.matmul(
-            used.reshape(shape), value[..., lo:hi, :]
+        mixed = (
+            torch.matmul(used.view(shape), value[..., lo:hi, :])
+            if used.is_contiguous() or grad
+            else torch.matmul(used.reshape(shape), value[..., lo:hi, :])
         )
         mixed = mixed.view(batch, groups, group, count, -1)
         if output is None:
@@ -163,7 +191,28 @@ def attend(
     return result.view(batch, heads, queries, -1).to(call.query.dtype)
 
 
-def _shape_scores(call: AttentionCall, window, rows: Tensor, scores: Tensor, lowest: float, grad: bool) -> Tensor:  # noqa: ANN001
+def _needs_grad(call: AttentionCall, methods: tuple[Method, ...]) -> bool:
+    """Whether autograd may come back to a block, so that the shared buffers must not be used.
+
+    True as well for methods that change attention: what they put in may depend on parameters of theirs.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    mask = getattr(call.mask, "tensor", None)
+    inputs = (call.query, call.key, call.value, call.bias, call.sinks, mask)
+    return any(t is not None and t.requires_grad for t in inputs) or any(
+        not getattr(method, "reads_only", False) for method in methods
+    )
+
+
+def _sinks(sinks: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sink logits for a block, `[1|batch, heads, 1|rows]`."""
+    return (sinks.view(1, -1, 1) if sinks.dim() == 1 else sinks[..., rows]).to(dtype)
+
+
+def _shape_scores(
+    call: AttentionCall, window, rows: Tensor, scores: Tensor, lowest: float, grad: bool
+) -> Tensor:
     """Soft-capping, position bias and mask, in this order (the order of the models that have them)."""
     lo, hi = window.lo, window.hi
     if call.softcap is not None:

@@ -51,7 +51,8 @@ class AttentionCall:
         mask: which keys each query sees.
         scaling: factor on query . key.
         softcap: when set, scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        sinks: learned sink logits `[heads]`, a virtual key with no value (GPT-OSS).
+        sinks: learned sink logits `[heads]`, a virtual key with no value (GPT-OSS), or `[batch, heads, queries]` where
+            they depend on the query.
         bias: additive position bias, broadcastable to `[batch, heads, queries, keys]` (T5).
         valid: `[batch, queries]`, False at padding queries; None when there is no padding.
         key_valid: `[batch, keys]`, False at padding keys; None when there is no padding.
@@ -80,8 +81,13 @@ class AttentionCall:
         batch, heads, queries, dim = self.query.shape
         kv_heads, keys = self.key.shape[1], self.key.shape[2]
         if heads % kv_heads:
-            raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
-        if self.key.shape != (batch, kv_heads, keys, dim) or self.value.shape[:3] != self.key.shape[:3]:
+            raise ValueError(
+                f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}"
+            )
+        if (
+            self.key.shape != (batch, kv_heads, keys, dim)
+            or self.value.shape[:3] != self.key.shape[:3]
+        ):
             raise ValueError(
                 "query, key and value do not fit: got query "
                 f"{tuple(self.query.shape)}, key {tuple(self.key.shape)}, value {tuple(self.value.shape)}"

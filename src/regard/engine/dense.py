@@ -43,7 +43,7 @@ def _tensor_mask(call: AttentionCall) -> tuple[Tensor | None, bool]:
         rows = torch.arange(call.queries, device=call.query.device) + mask.offset
         return torch.arange(call.keys, device=rows.device)[None, :] <= rows[:, None], False
     if isinstance(mask, DeferredMask):
-        return mask.materialise(), False
+        return mask.visible(), False
     if isinstance(mask, TensorMask):
         tensor = mask.tensor[..., : call.keys]
         return (tensor if tensor.dtype == torch.bool else tensor.to(call.query.dtype)), False

@@ -81,7 +81,14 @@ def _from_visible(visible: Tensor, additive: Tensor | None = None) -> Window:
     keys = visible.shape[-1]
     anywhere = visible.flatten(0, -2).any(0).nonzero()
     if anywhere.numel() == 0:
-        return Window(0, 1, 0, torch.ones(1, 1, visible.shape[-2], 1, dtype=torch.bool, device=visible.device), None, True)
+        return Window(
+            0,
+            1,
+            0,
+            torch.ones(1, 1, visible.shape[-2], 1, dtype=torch.bool, device=visible.device),
+            None,
+            True,
+        )
     lo, hi = int(anywhere[0]), int(anywhere[-1]) + 1
     visible = visible[..., lo:hi]
     if additive is not None:
@@ -103,7 +110,11 @@ class TensorMask:
 
     def window(self, rows: Tensor) -> Window:
         block = self.tensor[..., : self.keys]
-        block = block.index_select(-2, rows) if block.shape[-2] > 1 else block.expand(-1, -1, len(rows), -1)
+        block = (
+            block.index_select(-2, rows)
+            if block.shape[-2] > 1
+            else block.expand(-1, -1, len(rows), -1)
+        )
         if block.dtype == torch.bool:
             return _from_visible(block)
         visible = block > torch.finfo(block.dtype).min / 2
@@ -112,16 +123,18 @@ class TensorMask:
 
 
 class DeferredMask(Tensor):
-    """The boolean mask `[batch, 1, queries, keys]` of a rule, evaluated only where it is needed.
+    """The mask `[batch, 1, queries, keys]` of a rule, evaluated only where it is needed.
 
     `rule(batch, head, query, key)` takes index tensors that broadcast and returns True where the key is visible;
-    `key_valid` `[batch, keys]` is False at padding. Any torch operation on it yields the ordinary boolean tensor.
+    `key_valid` `[batch, keys]` is False at padding; `causal` says that the rule is plain causality. Any torch operation on
+    it yields the ordinary tensor: boolean, or additive (0 and the smallest number) when `dtype` is a float.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     key_valid: Tensor | None
     query_offset: int
     key_offset: int
+    causal: bool
 
     @staticmethod
     def __new__(
@@ -132,13 +145,16 @@ class DeferredMask(Tensor):
         query_offset: int = 0,
         key_offset: int = 0,
         key_valid: Tensor | None = None,
+        causal: bool = False,
+        dtype: torch.dtype = torch.bool,
         device: torch.device | str = "cpu",
     ) -> DeferredMask:
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.rule = rule
         mask.key_valid = key_valid
         mask.query_offset = query_offset
         mask.key_offset = key_offset
+        mask.causal = causal
         return mask
 
     def block(self, rows: Tensor) -> Tensor:
@@ -152,23 +168,38 @@ class DeferredMask(Tensor):
         return visible.expand(-1, -1, len(rows), keys)
 
     def window(self, rows: Tensor) -> Window:
+        if self.causal:
+            return CausalMask(self.shape[-1], self.query_offset - self.key_offset).window(rows)
         return _from_visible(self.block(rows))
 
-    def materialise(self) -> Tensor:
+    def visible(self) -> Tensor:
+        """The whole boolean tensor; O(batch x queries x keys) memory."""
         rows = torch.arange(self.shape[-2], device=self.device)
         return self.block(rows).expand(self.shape).contiguous()
+
+    def materialise(self) -> Tensor:
+        """The tensor it stands for, boolean or additive."""
+        visible = self.visible()
+        if self.dtype == torch.bool:
+            return visible
+        nothing = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(visible, nothing, torch.finfo(self.dtype).min)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"DeferredMask{tuple(self.shape)}"
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
         return func(*_plain(args), **_plain(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         return func(*_plain(args), **_plain(kwargs or {}))
 
 
@@ -204,5 +235,7 @@ def as_mask(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Mask:
     if mask.dim() == 2:
         mask = mask[:, None, None, :].bool()
     if mask.dim() != 4:
-        raise ValueError(f"attention mask must be [batch, heads|1, queries|1, keys], got {tuple(mask.shape)}")
+        raise ValueError(
+            f"attention mask must be [batch, heads|1, queries|1, keys], got {tuple(mask.shape)}"
+        )
     return TensorMask(mask, keys)

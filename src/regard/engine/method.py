@@ -6,9 +6,11 @@ head outputs leaves the fused kernel in place; one that reads weights gets them 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 class State:
     """A place in the residual stream.
 
-    `part` is "embed" (the input of block 0), "attention" or "mlp" (what that sub-layer adds to the stream), "block" (the
-    stream after the block) or "neurons" (the input of the MLP's down projection, `[batch, tokens, d_ff]`).
+    `part` is "embed" (the input of block 0), "attention", "cross" or "mlp" (what that sub-layer adds to the stream; "cross"
+    in decoders that attend to an encoder), "block" (the stream after the block) or "neurons" (the input of the MLP's down projection, `[batch, tokens, d_ff]`).
     """
 
     part: str
@@ -68,6 +70,16 @@ def overrides(method: Method, hook: str) -> bool:
     return getattr(type(method), hook) is not getattr(Method, hook) or hook in vars(method)
 
 
+def reading(method: Method) -> AbstractContextManager[object]:
+    """What a hook runs in: a method that only reads leaves no trace in the autograd graph, so its sums can be kept."""
+    if torch.is_grad_enabled() and getattr(method, "reads_only", False):
+        return torch.no_grad()
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
 class Pipeline:
     """Methods in the order they were attached, sorted by the hooks they use."""
 
@@ -75,7 +87,9 @@ class Pipeline:
 
     def __init__(self, methods: tuple[Method, ...] | list[Method]) -> None:
         self.methods = tuple(methods)
-        self.using = {hook: tuple(m for m in self.methods if overrides(m, hook)) for hook in self.hooks}
+        self.using = {
+            hook: tuple(m for m in self.methods if overrides(m, hook)) for hook in self.hooks
+        }
 
     def __getitem__(self, hook: str) -> tuple[Method, ...]:
         return self.using[hook]
@@ -87,4 +101,6 @@ class Pipeline:
     @property
     def reads_only(self) -> bool:
         """True when no method can change scores or weights, so that the fused output stands."""
-        return not self.using["scores"] and all(getattr(m, "reads_only", False) for m in self.using["weights"])
+        return not self.using["scores"] and all(
+            getattr(m, "reads_only", False) for m in self.using["weights"]
+        )
