@@ -1,0 +1,114 @@
+"""How much each head writes: the norm of its output before and after the output projection.
+
+    before(h) = mean over tokens of ||o_h||          after(h) = mean over tokens of ||W_h o_h||
+
+where W_h `[hidden, dim]` are the columns of the output projection that belong to head h, so that W_h o_h is what the head
+adds to the residual stream. A head that writes much less than the other heads of its layer does little, wherever it looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regard.engine import AttentionCall
+from regard.instruments.base import HeadMeasure, Instrument, SiteKey
+
+BEFORE = "mean over tokens of the norm of the head's output, before the output projection"
+AFTER = "mean over tokens of the norm of what the head adds to the residual stream"
+RELATIVE = "norm of what the head adds to the stream over the median head of its layer"
+
+
+def head_factors(
+    weight: Float[Tensor, "hidden width"], heads: int
+) -> Float[Tensor, "heads rank dim"]:
+    """R_h with `||R_h o|| = ||W_h o||` for every o, from the QR factors of each head's columns of an output projection.
+
+    Norms of `[tokens, dim]` outputs then cost dim x dim instead of hidden x dim products for each token.
+    """
+    slices = weight.unflatten(1, (heads, -1)).movedim(1, 0)  # [heads, hidden, dim]
+    return torch.linalg.qr(slices.float() if slices.dtype != torch.float64 else slices, mode="r").R
+
+
+def projection_weight(module: nn.Module | None) -> Tensor | None:
+    """`[hidden, width]` of a linear output projection (also transformers' Conv1D); None for any other module."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight.T if hasattr(module, "nf") else weight
+
+
+class HeadOutputNorms(Instrument):
+    """Mean norm of every head's output, before and after the output projection, and relative to the layer's median head.
+
+    Padding tokens are left out. `after` and `relative` are NaN in layers whose output projection is not a plain linear layer over
+    all heads. Keeps the fused kernel; cost: one dim x dim product for each head and token; memory O(heads x dim x dim).
+
+    >>> import torch
+    >>> from regard.engine import AttentionCall, Pipeline, attend
+    >>> norms, x = HeadOutputNorms(), torch.ones(1, 2, 3, 4)
+    >>> _ = attend(AttentionCall.make(x, x, x), Pipeline([norms]))
+    >>> norms.compute()["output norm"]["L0H1"]
+    2.0
+    """
+
+    states = {"before": "sum", "after": "sum", "tokens": "sum"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._projections: dict[int, nn.Module | None] = {}
+        self._factors: dict[SiteKey, Tensor | None] = {}
+
+    def start(self, session: Any) -> None:
+        for stack in session.stacks:
+            for block in stack.blocks:
+                if block.attention is not None:
+                    for module in block.attention.modules():
+                        self._projections[id(module)] = block.output_projection
+
+    def stop(self) -> None:
+        self._projections.clear()
+        self._factors.clear()
+
+    def heads(self, call: AttentionCall, output: Float[Tensor, "batch heads queries dim"]) -> None:
+        held = output.detach()
+        held = held if held.dtype == torch.float64 else held.float()
+        key = call.site.key
+        self.accumulate("before", key, self._total(held.norm(dim=-1), call))
+        factors = self._factor(call, held)
+        if factors is not None:
+            written = torch.matmul(held, factors.mT)  # [batch, heads, queries, rank]
+            self.accumulate("after", key, self._total(written.norm(dim=-1), call))
+        count = held.shape[0] * held.shape[2] if call.valid is None else int(call.valid.sum())
+        self.accumulate("tokens", key, torch.tensor(float(count)))
+
+    def _total(self, norms: Tensor, call: AttentionCall) -> Tensor:
+        if call.valid is not None:
+            norms = torch.where(call.valid[:, None], norms, 0)
+        return norms.double().sum((0, 2)).cpu()
+
+    def _factor(self, call: AttentionCall, output: Tensor) -> Tensor | None:
+        if call.site.key not in self._factors:
+            weight = projection_weight(self._projections.get(id(call.module)))
+            fits = weight is not None and weight.shape[1] == call.heads * output.shape[-1]
+            found = (
+                head_factors(weight.detach(), call.heads) if weight is not None and fits else None
+            )
+            self._factors[call.site.key] = None if found is None else found.to(output)
+        return self._factors[call.site.key]
+
+    def compute(self) -> dict[str, HeadMeasure]:
+        """`output norm` (before the projection), `write norm` (after it) and `relative write norm`."""
+        before = HeadMeasure("output norm", "norm", {}, {}, BEFORE)
+        after = HeadMeasure("write norm", "norm", {}, {}, AFTER)
+        relative = HeadMeasure("relative write norm", "ratio", {}, {}, RELATIVE)
+        for key, total in self.state["before"].items():
+            tokens = self.state["tokens"][key]
+            before.values[key] = (total / tokens).float()
+            written = self.state["after"].get(key, torch.full_like(total, float("nan"))) / tokens
+            after.values[key] = written.float()
+            relative.values[key] = (written / written.quantile(0.5)).float()
+        return {measure.name: measure for measure in (before, after, relative)}
