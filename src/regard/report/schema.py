@@ -200,7 +200,7 @@ class Skyline:
 
 @dataclass
 class RetrievalHead:
-    """One row of the retrieval table; `activation` is the share of runs where the head retrieved."""
+    """One row of the retrieval table; `activation` is the share of runs where it retrieved."""
 
     head: str
     score: float
