@@ -26,7 +26,7 @@ class BlockSparseMask:
     shorter). When `causal`, keys after the query inside a named block are hidden as well.
     """
 
-    blocks: tuple[Int[Tensor, "count"], ...]
+    blocks: tuple[Int[Tensor, "_"], ...]
     size: int
     keys: int
     causal: bool = True

@@ -78,7 +78,7 @@ class AttentionCall:
     fused: Callable[[AttentionCall], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        batch, heads, queries, dim = self.query.shape
+        batch, heads, _queries, dim = self.query.shape
         kv_heads, keys = self.key.shape[1], self.key.shape[2]
         if heads % kv_heads:
             raise ValueError(

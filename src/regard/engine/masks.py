@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Window:
         return torch.cat([before, ~self.hidden], dim=-1)
 
 
+@runtime_checkable
 class Mask(Protocol):
     def window(self, rows: Tensor) -> Window:
         """What the query rows `rows` (ascending indices) may see."""
