@@ -59,7 +59,9 @@ class Instrument(Method):
             )
         for name, table in other.state.items():
             for key, value in table.items():
-                self.accumulate(name, key, copy.copy(value) if isinstance(value, list) else value.clone())
+                self.accumulate(
+                    name, key, copy.copy(value) if isinstance(value, list) else value.clone()
+                )
         return self
 
     def gather(self) -> Self:
@@ -97,7 +99,9 @@ class Instrument(Method):
 
         frames = [measure.to_frame() for measure in self.measures().values()]
         if not frames:
-            raise InputError(f"{type(self).__name__} has no per-head result to tabulate; use compute()")
+            raise InputError(
+                f"{type(self).__name__} has no per-head result to tabulate; use compute()"
+            )
         return polars.concat(frames)
 
     def plot(self) -> Any:
@@ -105,7 +109,9 @@ class Instrument(Method):
         import matplotlib.pyplot as plt
 
         measures = list(self.measures().values())
-        figure, axes = plt.subplots(1, len(measures), figsize=(4.2 * len(measures), 5), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(measures), figsize=(4.2 * len(measures), 5), squeeze=False, layout="constrained"
+        )
         for ax, measure in zip(axes[0], measures, strict=True):
             measure.plot(ax, stack=measure.stacks()[0])
         return figure
@@ -131,28 +137,55 @@ class RowInstrument(Instrument):
         if cls.quantities:
             cls.states = {
                 **cls.states,
-                **{f"{name}.{part}": "sum" for name in cls.quantities for part in ("sum", "square", "rows", "of")},
+                **{
+                    f"{name}.{part}": "sum"
+                    for name in cls.quantities
+                    for part in ("sum", "square", "rows", "of")
+                },
             }
 
-    def add_rows(self, name: str, block: Block, rows: Tensor, included: Tensor | None = None) -> None:
-        """Adds `[batch, heads, rows]`; `included` `[batch|1, rows]` leaves rows out besides the padding ones."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._call: AttentionCall | None = None
+        self._share = 1.0
+
+    def add_rows(self, block: Block, included: Tensor | None = None, **rows: Tensor) -> None:
+        """Adds one `[batch, heads, rows]` for each quantity; `included` `[batch|1, rows]` leaves out more than padding.
+
+        Rows are only put aside here and reduced once per call, which keeps small operations out of the block loop.
+        """
+        if self._call is not block.call:
+            self._call, self._pending, self._share = block.call, {}, block.share
         valid = block.valid
-        if included is not None:
-            included = included.expand(rows.shape[0], -1)
+        if included is not None and not bool(included.all()):
+            included = included.expand(block.weights.shape[0], -1)
             valid = included if valid is None else valid & included
-        if valid is None:
-            count = rows.shape[0] * rows.shape[2]
-            total, square = rows.sum((0, 2)), rows.square().sum((0, 2))
-        else:
-            count = int(valid.sum())
-            rows = torch.where(valid[:, None], rows, 0)
-            total, square = rows.sum((0, 2)), rows.square().sum((0, 2))
-        key = block.site.key
-        size = torch.tensor([float(count)])
-        self.accumulate(f"{name}.sum", key, total.double())
-        self.accumulate(f"{name}.square", key, square.double())
-        self.accumulate(f"{name}.rows", key, size)
-        self.accumulate(f"{name}.of", key, size * block.share)
+        for name, values in rows.items():
+            self._pending.setdefault(name, []).append((values, valid))
+
+    def after(self, call: AttentionCall) -> None:
+        if self._call is not call:
+            return
+        key = call.site.key
+        for name, parts in self._pending.items():
+            kept = [
+                v.double() if ok is None else torch.where(ok[:, None], v, 0).double()
+                for v, ok in parts
+            ]
+            rows = torch.cat(kept, -1) if len(kept) > 1 else kept[0]
+            count = sum(
+                float(v.shape[0] * v.shape[2]) if ok is None else float(ok.sum()) for v, ok in parts
+            )
+            size = torch.tensor([count])
+            self.accumulate(f"{name}.sum", key, rows.sum((0, 2)))
+            self.accumulate(f"{name}.square", key, rows.square().sum((0, 2)))
+            self.accumulate(f"{name}.rows", key, size)
+            self.accumulate(f"{name}.of", key, size * self._share)
+        self._call, self._pending = None, {}
+
+    def stop(self) -> None:
+        self._call, self._pending = None, {}
 
     def mean(self, name: str) -> HeadMeasure:
         """The mean over rows of one quantity."""
@@ -163,42 +196,62 @@ class RowInstrument(Instrument):
             mean = total / n if n else torch.full_like(total, float("nan"))
             measure.values[key] = mean.float()
             if of > n > 1:
-                variance = (self.state[f"{name}.square"][key] / n - mean.square()).clamp_min(0) * n / (n - 1)
+                variance = (
+                    (self.state[f"{name}.square"][key] / n - mean.square()).clamp_min(0)
+                    * n
+                    / (n - 1)
+                )
                 measure.error[key] = (variance / n * (1 - n / of)).sqrt().float()
         return measure
 
-    def compute(self) -> Any:
+    def compute(self) -> dict[str, HeadMeasure]:
         return {name: self.mean(name) for name in self.quantities}
 
 
-class Series:
-    """Per-token numbers `[batch, heads, tokens]` of the sequences that pass by, one list entry for each prefill.
+class SeriesInstrument(Instrument):
+    """Keeps numbers for each (head, token), one `[batch, heads, tokens]` for every sequence: O(tokens) memory.
 
-    Decoding extends the last entry. `put` writes query rows, `add` sums into keys.
+    A call whose query 0 is the first token opens a new sequence; decoding extends the open one.
     """
 
-    def __init__(self, fill: float = float("nan")) -> None:
-        self.fill = fill
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[tuple[str, SiteKey], AttentionCall] = {}
 
-    def current(self, held: dict[SiteKey, list[Tensor]], call: AttentionCall, tokens: int) -> Tensor:
-        """The open tensor of a site, grown to `tokens`; the caller starts a new one with `begin`."""
-        sequences = held[call.site.key]
-        last = sequences[-1]
-        if last.shape[-1] < tokens:
-            room = max(tokens, 2 * last.shape[-1]) if call.phase == "decode" else tokens
-            grown = last.new_full((*last.shape[:2], room), self.fill)
-            grown[..., : last.shape[-1]] = last
-            sequences[-1] = grown
-        return sequences[-1]
+    def series(
+        self, name: str, block: Block, tokens: int, fill: float = 0.0, heads: int | None = None
+    ) -> Tensor:
+        """The open tensor of state `name`, `[batch, heads, tokens or more]`, ready to write into."""
+        call, key = block.call, block.site.key
+        sequences = self.state[name].setdefault(key, [])
+        if self._open.get((name, key)) is not call:
+            self._open[name, key] = call
+            shape = (call.query.shape[0], heads or call.heads)
+            if call.query_offset == 0 or not sequences or sequences[-1].shape[:2] != shape:
+                dtype = block.weights.dtype
+                sequences.append(
+                    torch.full((*shape, tokens), fill, dtype=dtype, device=block.rows.device)
+                )
+        held = sequences[-1]
+        if held.shape[-1] < tokens:
+            grown = held.new_full((*held.shape[:2], tokens), fill)
+            grown[..., : held.shape[-1]] = held
+            sequences[-1] = held = grown
+        return held
 
-    def begin(self, held: dict[SiteKey, list[Tensor]], call: AttentionCall, tokens: int) -> None:
-        """Opens a new sequence when the call starts one (query 0 is the first token), or when none is open."""
-        sequences = held.setdefault(call.site.key, [])
-        fresh = call.query_offset == 0
-        if fresh or not sequences or sequences[-1].shape[0] != call.query.shape[0]:
-            shape = (call.query.shape[0], call.heads, tokens)
-            dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-            sequences.append(torch.full(shape, self.fill, dtype=dtype, device=call.query.device))
+    def reset(self) -> None:
+        super().reset()
+        self._open.clear()
+
+    def stop(self) -> None:
+        self._open.clear()
 
 
-__all__ = ["HeadMeasure", "Instrument", "RowInstrument", "Series", "SiteKey", "TokenMeasure"]
+__all__ = [
+    "HeadMeasure",
+    "Instrument",
+    "RowInstrument",
+    "SeriesInstrument",
+    "SiteKey",
+    "TokenMeasure",
+]

@@ -63,7 +63,13 @@ class HeadMeasure:
         """The value of one head: `measure["L5H3"]` or `measure[5, 3]`."""
         from regard.coordinates import Head
 
-        found = Head.parse(head) if isinstance(head, str) else Head(*head) if isinstance(head, tuple) else head
+        found = (
+            Head.parse(head)
+            if isinstance(head, str)
+            else Head(*head)
+            if isinstance(head, tuple)
+            else head
+        )
         return float(self.values[found.stack, found.layer][found.head])
 
     def items(self) -> Iterator[tuple[Any, float]]:
@@ -88,7 +94,9 @@ class HeadMeasure:
             errors = self.error.get((stack, layer), torch.zeros_like(value)).tolist()
             for head, number in enumerate(value.tolist()):
                 rows.append((stack, layer, head, self.name, number, errors[head]))
-        return polars.DataFrame(rows, schema=["stack", "layer", "head", "measure", "value", "error"], orient="row")
+        return polars.DataFrame(
+            rows, schema=["stack", "layer", "head", "measure", "value", "error"], orient="row"
+        )
 
     def plot(self, ax: Axes | None = None, *, stack: str = "") -> Axes:
         """A layer x head heat map (needs the `plot` extra)."""
@@ -115,13 +123,20 @@ class TokenMeasure:
     values: dict[SiteKey, list[Tensor]]
     definition: str = ""
 
-    def tensor(self, stack: str = "", sequence: int = -1, batch: int = 0) -> Float[Tensor, "layers heads tokens"]:
+    def tensor(
+        self, stack: str = "", sequence: int = -1, batch: int = 0
+    ) -> Float[Tensor, "layers heads tokens"]:
         """One sequence of one stack as a tensor; layers that were not observed are NaN."""
-        layers = {layer: v[sequence][batch] for (name, layer), v in self.values.items() if name == stack}
+        layers = {
+            layer: v[sequence][batch] for (name, layer), v in self.values.items() if name == stack
+        }
         if not layers:
             known = list(dict.fromkeys(name for name, _ in self.values))
             raise InputError.of("stack", given=stack, expected=f"one of {known}")
-        heads, tokens = max(v.shape[0] for v in layers.values()), max(v.shape[1] for v in layers.values())
+        heads, tokens = (
+            max(v.shape[0] for v in layers.values()),
+            max(v.shape[1] for v in layers.values()),
+        )
         result = torch.full((max(layers) + 1, heads, tokens), float("nan"))
         for layer, value in layers.items():
             result[layer, : value.shape[0], : value.shape[1]] = value.detach().float().cpu()
@@ -146,13 +161,17 @@ class TokenMeasure:
             }
         )
 
-    def plot(self, ax: Axes | None = None, *, stack: str = "", sequence: int = -1, batch: int = 0) -> Axes:
+    def plot(
+        self, ax: Axes | None = None, *, stack: str = "", sequence: int = -1, batch: int = 0
+    ) -> Axes:
         """Layer x position, averaged over heads (needs the `plot` extra)."""
         import matplotlib.pyplot as plt
 
         if ax is None:
             _, ax = plt.subplots(figsize=(9, 4), layout="constrained")
-        picture = ax.imshow(self.tensor(stack, sequence, batch).nanmean(1).numpy(), aspect="auto", cmap="viridis")
+        picture = ax.imshow(
+            self.tensor(stack, sequence, batch).nanmean(1).numpy(), aspect="auto", cmap="viridis"
+        )
         ax.set(xlabel="position", ylabel="layer", title=self.name)
         plt.colorbar(picture, ax=ax, label=self.unit)
         return ax

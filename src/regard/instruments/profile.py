@@ -1,0 +1,103 @@
+"""What kind of pattern a head has: shares of attention by place, the profile over distances, the receptive field.
+
+Shares of one row (they add up to 1 with the rest, or to the row's mass with learned sinks):
+ sink   the first visible key (unless it lies within the local window)
+ local  the last `window` keys, the query's own included
+ global everything else
+and two quantities beside them: `uniformity` exp(H)/n, the share of the visible keys that the row effectively uses, and
+`reach`, the distance within which 90 % of the attention of an average row lies, not counting the sink.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard._errors import InputError
+from regard.engine import Block
+from regard.instruments.base import HeadMeasure, RowInstrument
+
+
+class PatternProfile(RowInstrument):
+    """Sink / local / global shares, uniformity and the diagonal bands of each head (causal self-attention).
+
+    Args:
+        window: how many keys count as local.
+        width: how many diagonals are kept in the distance profile.
+
+    Cost: reads `width` numbers for each row; memory O(heads x width).
+    """
+
+    states = {"bands": "sum", "band rows": "sum"}
+    quantities = {
+        "sink share": (
+            "share",
+            "attention on the first visible key, when it is outside the local window",
+        ),
+        "local share": ("share", "attention on the last 16 keys, the query's own included"),
+        "global share": ("share", "attention on every other key"),
+        "uniformity": (
+            "share",
+            "exp(entropy) / visible keys: the share of the visible keys effectively used",
+        ),
+    }
+
+    def __init__(self, window: int = 16, width: int = 128) -> None:
+        if not 1 <= window <= width <= 512:
+            raise InputError(
+                f"profile needs 1 <= window <= width <= 512, got window={window}, width={width}"
+            )
+        super().__init__()
+        self.window, self.width = window, width
+
+    def weights(self, block: Block) -> None:
+        if block.site.kind == "cross" or not block.site.causal:
+            return
+        diagonals = block.diagonals(self.width)
+        local = diagonals[..., : self.window].sum(-1)
+        first = block.first_key
+        outside = (block.positions[None, :] - first >= self.window)[:, None]
+        if first.shape[0] == 1 and bool((first == block.window.lo).all()):
+            sink = block.weights[..., 0]
+        else:
+            index = (first - block.window.lo)[:, None, :, None].expand(*block.weights.shape[:3], 1)
+            sink = block.weights.gather(-1, index)[..., 0]
+        sink = sink * outside
+        self.add_rows(
+            block,
+            **{
+                "sink share": sink,
+                "local share": local,
+                "global share": (block.mass - local - sink).clamp_min(0),
+                "uniformity": block.entropy.exp() / block.counts[:, None],
+            },
+        )
+        rows = diagonals if block.valid is None else diagonals * block.valid[:, None, :, None]
+        key = block.site.key
+        self.accumulate("bands", key, rows.sum((0, 2)) * block.share)
+        valid = len(block.rows) * rows.shape[0] if block.valid is None else float(block.valid.sum())
+        self.accumulate("band rows", key, torch.tensor([valid * block.share]))
+
+    def bands(self) -> dict[tuple[str, int], Tensor]:
+        """`[heads, width]` for each site: mean attention on the key j tokens back, j = 0 .. width - 1."""
+        return {
+            key: total / self.state["band rows"][key] for key, total in self.state["bands"].items()
+        }
+
+    def compute(self) -> dict[str, HeadMeasure]:
+        found = super().compute()
+        reach: dict[tuple[str, int], Tensor] = {}
+        for key, bands in self.bands().items():
+            cumulative = bands.double().cumsum(-1)
+            wanted = 0.9 * (1 - found["sink share"].values[key].double())[:, None]
+            inside = cumulative >= wanted
+            radius = torch.where(inside.any(-1), inside.to(torch.uint8).argmax(-1), self.width)
+            reach[key] = radius.float()
+        found["reach"] = HeadMeasure(
+            "reach",
+            "tokens",
+            reach,
+            {},
+            f"distance that holds 90 % of the attention beyond the sink (at most {self.width})",
+        )
+        return found
