@@ -1,0 +1,23 @@
+"""While the site is built, `{{ regard --help }}` on a line becomes what that command prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+COMMAND = re.compile(r"^\{\{ regard (?P<arguments>.+) \}\}$", re.M)
+
+
+def on_page_markdown(markdown: str, **rest: Any) -> str:
+    return COMMAND.sub(_run, markdown)
+
+
+def _run(match: re.Match[str]) -> str:
+    environment = os.environ | {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "regard.cli", *match["arguments"].split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+    return "\n".join(["```console", f"$ regard {match['arguments']}", *lines, "```"])
