@@ -17,7 +17,8 @@ def on_page_markdown(markdown: str, **rest: Any) -> str:
 
 def _run(match: re.Match[str]) -> str:
     environment = os.environ | {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "regard.cli", *match["arguments"].split()]
+    start = "import sys; sys.argv[0] = 'regard'; from regard.cli import main; main()"
+    command = [sys.executable, "-c", start, *match["arguments"].split()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
     return "\n".join(["```console", f"$ regard {match['arguments']}", *lines, "```"])
