@@ -17,6 +17,8 @@ from transformers import (
     Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import regard
@@ -199,11 +201,40 @@ def test_decode_steps_are_left_out():
     )
 
 
-def test_where_blocks_do_not_add_it_is_refused():
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+def test_where_blocks_do_not_add_it_is_refused(spread):
     torch.manual_seed(0)
-    model = BertModel(BertConfig(**SIZE)).eval()  # a norm after every addition
+    model = BertModel(
+        BertConfig(**SIZE, initializer_range=spread)
+    ).eval()  # a norm after every addition
     with pytest.raises(AttachError, match="is not its input plus its attention and MLP writes"):
         follow(model, torch.randint(64, (1, 6))).compute()
+
+
+def test_cross_attention_is_a_sublayer_of_its_own():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    model, writer = T5ForConditionalGeneration(config).double().eval(), Writers(2)
+    ids = torch.randint(1, 64, (2, 7))
+    with torch.no_grad(), regard.attach(model, writer):
+        model(input_ids=ids, decoder_input_ids=ids[:, :5])
+    found = writer.compute(6)
+    assert set(found) == {"encoder", ""}
+    for stack, writing in found.items():
+        steps = writing.stream - torch.cat([torch.tensor([writing.embedding]), writing.stream[:-1]])
+        total = writing.attention + writing.cross + writing.mlp
+        torch.testing.assert_close(total, steps, rtol=0, atol=1e-5)
+        torch.testing.assert_close(writing.heads.sum(-1), writing.attention, rtol=0, atol=1e-5)
+        assert bool(writing.cross.any()) == (stack == "")
+        assert sum("cross" in str(w.site) for w in writing.sublayers()) == (2 if stack == "" else 0)
 
 
 def test_heads_that_do_not_sum_are_not_reported():

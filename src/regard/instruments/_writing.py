@@ -36,7 +36,7 @@ class Writing:
     Attributes:
         token: position from the first real token; dimension: the residual dimension.
         embedding: the value that enters block 0.
-        stream: the value after each block; attention, mlp: what each sub-layer adds.
+        stream: the value after each block; attention, mlp, cross: what each sub-layer adds (cross 0 where there is none).
         heads: what each head adds (NaN where a layer's attention cannot be split).
         neurons: for each layer, what each neuron adds (None where the MLP has no single down projection).
         peak: the value of `stream` of largest size.
@@ -48,6 +48,7 @@ class Writing:
     stream: Float[Tensor, " layers"]
     attention: Float[Tensor, " layers"]
     mlp: Float[Tensor, " layers"]
+    cross: Float[Tensor, " layers"]
     heads: Float[Tensor, "layers heads"]
     neurons: list[Tensor | None]
     stack: str = ""
@@ -57,12 +58,16 @@ class Writing:
         return float(self.stream[self.stream.abs().argmax()])
 
     def sublayers(self) -> list[Write]:
-        """The embedding and every attention and MLP write in the order in which they happen."""
+        """The embedding and every sub-layer's write in the order in which they happen."""
         found = [Write("embedding", -1, self.embedding, self.embedding / self.peak)]
         prefix = f"{self.stack}." if self.stack else ""
-        for layer, pair in enumerate(zip(self.attention.tolist(), self.mlp.tolist(), strict=True)):
-            for part, amount in zip(("attention", "mlp"), pair, strict=True):
-                found.append(Write(f"{prefix}L{layer}.{part}", layer, amount, amount / self.peak))
+        added = {"attention": self.attention, "cross": self.cross, "mlp": self.mlp}
+        for layer in range(len(self.stream)):
+            for part, amounts in added.items():
+                amount = float(amounts[layer])
+                if part != "cross" or amount:
+                    name = f"{prefix}L{layer}.{part}"
+                    found.append(Write(name, layer, amount, amount / self.peak))
         return found
 
     def parts(self) -> list[Write]:

@@ -49,11 +49,11 @@ class Writers(Instrument):
 
     states = dict.fromkeys(
         [
-            *("embed", "attention", "mlp", "block", "heads", "neurons"),
+            *("embed", "attention", "cross", "mlp", "block", "heads", "neurons"),
             *("embed.count", "heads.count", "neurons.count"),
         ],
         "sum",
-    )
+    ) | {"precision": "max"}
 
     def __init__(self, token: int = 0) -> None:
         super().__init__()
@@ -80,8 +80,10 @@ class Writers(Instrument):
             self._choose(state)
             if self._rows is not None:
                 self.accumulate("embed.count", key, torch.tensor(float(len(self._rows[0]))))
+                precision = torch.finfo(state.hidden.dtype).eps
+                self.accumulate("precision", key, torch.tensor(precision))
         read = self._read(state.hidden)
-        if read is None:
+        if read is None or state.part not in self.states:
             return
         written = wide(read)
         if key in self._blocks and state.part in ("attention", "mlp"):
@@ -126,21 +128,15 @@ class Writers(Instrument):
     def _split(self, block: BlockParts, part: str, key: SiteKey, written: Tensor) -> None:
         """Adds the heads' outputs or the neurons of a sub-layer, when their projections do sum to what it wrote."""
         held = self._held.pop((part, key), None)
-        own, projection, name = (
-            (block.attention, block.output_projection, "heads")
-            if part == "attention"
-            else (block.mlp, block.down_projection, "neurons")
-        )
-        last = block.attention_write if part == "attention" else block.mlp_write
+        projection, norm, name = route(block, part)
         weight = None if projection is None else matrix(projection)
         if held is None or weight is None or held.flatten(1).shape[1] != weight[0].shape[1]:
             return
         inputs = held.flatten(1).to(weight[0].dtype)
         projected = nn.functional.linear(inputs, *weight).to(written.dtype)
         scale = written.new_ones(len(written), 1)
-        if last is not own:
-            assert last is not None
-            projected = projected * self._gain(last, written).to(written.dtype)
+        if norm is not None:
+            projected = projected * self._gain(norm, written).to(written.dtype)
             scale = (written * projected).sum(-1, True) / projected.square().sum(-1, True)
         gap = (projected * scale - written).abs().amax()
         exact = weight[0].dtype in (torch.float32, torch.float64)
@@ -193,17 +189,18 @@ class Writers(Instrument):
         block = self._vectors(stack, "block")
         first = (self.state["embed"][stack, 0] / self.state["embed.count"][stack, 0])[None]
         before = torch.cat([first, block[:-1]])
-        gap = block - before - self._vectors(stack, "attention") - self._vectors(stack, "mlp")
-        worst = gap.abs().amax(-1) / torch.maximum(block.abs(), before.abs()).amax(-1).clamp_min(
-            1e-9
-        )
-        layer = int(worst.argmax())
-        if float(worst[layer]) <= 2e-2:
+        added = [self._vectors(stack, part) for part in ("attention", "cross", "mlp")]
+        gap = (block - before - sum(added)).abs().amax(-1)
+        rounding = 8 * float(self.state["precision"][stack, 0])
+        room = rounding * torch.maximum(block.abs(), before.abs()).amax(-1)
+        wrote = torch.stack(added).abs().amax((0, 2))
+        layer = int((gap - room).argmax())
+        if float(gap[layer]) <= float(room[layer]):
             return ""
         where = f"{stack} " if stack else ""
         return (
             f"{where}block {layer} is not its input plus its attention and MLP writes "
-            f"(they differ by {float(worst[layer]):.0%} of the stream)"
+            f"(it differs by {float(gap[layer]):.2g}, the writes are up to {float(wrote[layer]):.2g})"
         )
 
     def _decompose(self, stack: str, dimension: int | None) -> Writing:
@@ -230,6 +227,7 @@ class Writers(Instrument):
             block[:, dimension].float(),
             self._vectors(stack, "attention")[:, dimension].float(),
             self._vectors(stack, "mlp")[:, dimension].float(),
+            self._vectors(stack, "cross")[:, dimension].float(),
             table,
             neurons,
             stack,
@@ -240,17 +238,13 @@ class Writers(Instrument):
         count = self.state["embed.count"][key[0], 0]
         if not torch.equal(self.state[f"{name}.count"].get(key, torch.zeros(())), count):
             return None
-        block = self._blocks[key]
-        projection = block.output_projection if name == "heads" else block.down_projection
-        last = block.attention_write if name == "heads" else block.mlp_write
-        own = block.attention if name == "heads" else block.mlp
+        projection, norm, _ = route(self._blocks[key], "attention" if name == "heads" else "mlp")
         assert projection is not None
         found = matrix(projection)
         assert found is not None
         row = found[0][dimension].double().cpu()
-        if last is not own:
-            assert last is not None
-            row = row * self._gain(last, found[0][:, 0]).double().cpu()[dimension]
+        if norm is not None:
+            row = row * self._gain(norm, found[0][:, 0]).double().cpu()[dimension]
         mean = self.state[name][key] / count
         return (
             (mean * row.view(mean.shape)).sum(-1).float()
@@ -271,6 +265,16 @@ class Writers(Instrument):
     def plot(self) -> Any:
         """The largest dimension by layer (needs the `plot` extra)."""
         return next(iter(self.compute().values())).plot().figure
+
+
+def route(block: BlockParts, part: str) -> tuple[nn.Module | None, nn.Module | None, str]:
+    """A sub-layer's last projection, the norm behind it if there is one, and what it projects."""
+    attends = part == "attention"
+    projection = block.output_projection if attends else block.down_projection
+    own = block.attention if attends else block.mlp
+    last = block.attention_write if attends else block.mlp_write
+    norm = None if last is own or last is projection else last
+    return projection, norm, "heads" if attends else "neurons"
 
 
 def matrix(projection: nn.Module) -> tuple[Tensor, Tensor | None] | None:
