@@ -62,13 +62,13 @@ $(VENV)/.torch: $(VENV)/.python
 	@touch $@
 
 $(VENV)/.regard: $(VENV)/.torch pyproject.toml
-	$(PIP) install --editable ".[frames,plot]"
+	$(PIP) install --quiet --editable ".[frames,plot]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --editable ".[dev]"
+	$(PIP) install --quiet --editable ".[dev]"
 	@touch $@ $(VENV)/.regard
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(PIP) install --editable ".[docs]"
+	$(PIP) install --quiet --editable ".[docs]"
 	@touch $@
