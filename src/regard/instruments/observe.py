@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -149,12 +150,10 @@ def observe(
         model = load(model)
     chosen = list(instruments) or standard_instruments()
     inputs = token_ids(model, text, tokenizer)
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
-    if "use_cache" in _parameters(model):
-        extra["use_cache"] = False
+    arguments = model_inputs(model, inputs["input_ids"], inputs.get("attention_mask"))
     start = time.perf_counter()
     with torch.inference_mode(), Session(model, *chosen, rows=rows, seed=seed):
-        output = model(**inputs, **extra)
+        output = model(**arguments)
     seconds = time.perf_counter() - start
     check_finite(model, output)
     pieces: list[str] = []
@@ -169,6 +168,28 @@ def observe(
         seconds,
         pieces,
     )
+
+
+def model_inputs(
+    model: nn.Module, ids: Tensor, attention_mask: Tensor | None = None, *, logits: int = 1
+) -> dict[str, Any]:
+    """Arguments for one forward pass that reads: no cache, and as few logits as the model lets one ask for.
+
+    An encoder-decoder reads the same tokens on both sides.
+    """
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids}
+    if attention_mask is not None:
+        arguments["attention_mask"] = attention_mask
+    if "decoder_input_ids" in known:
+        arguments["decoder_input_ids"] = ids
+        if attention_mask is not None and "decoder_attention_mask" in known:
+            arguments["decoder_attention_mask"] = attention_mask
+    if "logits_to_keep" in known:
+        arguments["logits_to_keep"] = logits
+    if "use_cache" in known:
+        arguments["use_cache"] = False
+    return arguments
 
 
 def check_finite(model: nn.Module, output: Any) -> None:
@@ -191,9 +212,3 @@ def check_finite(model: nn.Module, output: Any) -> None:
     raise ModelError(
         f"{type(model).__name__} gives NaN or infinite output: {where}; nothing it shows would be meaningful"
     )
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)
