@@ -8,6 +8,7 @@ blocks than what they return, the first use notices (its losses differ from the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -45,6 +46,8 @@ class Replay:
         self.targets = targets_of(inputs)
         self.batch = self.targets.shape[0]
         self._modules = {(s.name, b.layer): b.module for s in stacks for b in s.blocks}
+        known = inspect.signature(model.forward).parameters
+        self._settings = {"use_cache": False} if "use_cache" in known else {}
         self._ran: list[nn.Module] = []
         self._answers: dict[int, Any] = {}
         self.partial = False
@@ -77,9 +80,9 @@ class Replay:
         inputs = {name: self._repeat(value, copies) for name, value in self.inputs.items()}
         if self.streamed if streamed is None else streamed:
             with streamed_losses(self.model, self.targets) as found:
-                self.model(**inputs, use_cache=False)
+                self.model(**inputs, **self._settings)
             return found[-1]
-        logits = self.model(**inputs, use_cache=False).logits
+        logits = self.model(**inputs, **self._settings).logits
         return surprise(logits[:, :-1], next_tokens(self.targets, logits.shape[0]))
 
     def _repeat(self, value: Any, copies: int) -> Any:

@@ -12,9 +12,9 @@ from regard.attach import Session
 from regard.engine import Method
 from regard.interventions._places import find_heads, find_neurons, split
 from regard.interventions.activations import ZeroNeurons
-from regard.interventions.heads import MeanHeads, ParkOnSink, UniformHeads, ZeroHeads
+from regard.interventions.heads import HeadMethod, MeanHeads, ParkOnSink, UniformHeads, ZeroHeads
 
-MODES: dict[str, Callable[..., Method]] = {
+MODES: dict[str, Callable[..., HeadMethod]] = {
     "zero": ZeroHeads,
     "mean": MeanHeads,
     "uniform": UniformHeads,

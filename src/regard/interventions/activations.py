@@ -77,7 +77,7 @@ class _Cap(Method):
         self.dims = None if dims is None else tuple(int(dim) for dim in dims)
         self.stack = stack
 
-    def limit(self, hidden: Tensor) -> Tensor | float:
+    def limit(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
 
     def start(self, session: Any) -> None:
@@ -129,8 +129,8 @@ class CapActivations(_Cap):
         super().__init__(layers=layers, dims=dims, stack=stack)
         self.cap = float(limit)
 
-    def limit(self, hidden: Tensor) -> float:
-        return self.cap
+    def limit(self, hidden: Tensor) -> Tensor:
+        return hidden.new_tensor(self.cap)
 
 
 class CapRatio(_Cap):
