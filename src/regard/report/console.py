@@ -28,6 +28,11 @@ def summary(data: ReportData) -> RenderableType:
     return Group(*parts)
 
 
+def _plain(text: str) -> str:
+    """Text from a model or an input without control characters, which could steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\u202f" else " " for c in text)
+
+
 def _header(data: ReportData) -> RenderableType:
     from rich.text import Text
 
@@ -38,19 +43,18 @@ def _header(data: ReportData) -> RenderableType:
         facts.append(f"{number(h.cost_ratio)} x a plain forward")
     if h.equality is not None:
         facts.append(f"max |Δ logit| {number(h.equality, 2)}")
-    return Text.assemble((h.model, "bold"), "\n", (" · ".join(facts), "dim"))
+    return Text.assemble((_plain(h.model), "bold"), "\n", (" · ".join(facts), "dim"))
 
 
 def _finding(finding: Finding) -> RenderableType:
     from rich.text import Text
 
     colour = _COLOURS[finding.severity]
-    text = Text.assemble(
-        ("▍ ", colour), (finding.title, f"bold {colour}"), "\n  ", finding.sentence
-    )
+    text = Text.assemble(("▍ ", colour), (_plain(finding.title), f"bold {colour}"))
+    text.append(f"\n  {_plain(finding.sentence)}")
     if finding.proof:
         p = finding.proof
-        effect = f"{p.label}: {change(p.effect, p.unit)} {interval(p.low, p.high, p.unit)}"
+        effect = f"{_plain(p.label)}: {change(p.effect, p.unit)} {interval(p.low, p.high, p.unit)}"
         if p.controls:
             effect += f", controls {change(float(np.mean(p.controls)), p.unit, 2)}"
         text.append(f"\n  {effect}", style="dim")
@@ -59,9 +63,12 @@ def _finding(finding: Finding) -> RenderableType:
 
 def _measures(stack: Stack) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    title = "Heads" if not stack.name else f"Heads of {stack.label}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    title = "Heads" if not stack.name else f"Heads of {_plain(stack.label)}"
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     table.add_column("Measure")
     for name in ("lowest", "median", "highest"):
         table.add_column(name, justify="right")
@@ -75,5 +82,5 @@ def _measures(stack: Stack) -> Table:
         order = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None)[:3]
         best = " ".join(f"L{i // values.shape[1]}H{i % values.shape[1]}" for i in order.tolist())
         cells = (quantity(float(v), unit) for v in (low, middle, high))
-        table.add_row(measure.definition.name, *cells, best)
+        table.add_row(Text(_plain(measure.definition.label)), *cells, best)
     return table

@@ -6,6 +6,7 @@ from collections import Counter
 
 from regard.report.definitions import definition
 from regard.report.markup import (
+    Real,
     about,
     change,
     escape,
@@ -55,7 +56,7 @@ def retrieval(stack: Stack, index: int) -> str:
     return section("retrieval", index, escape(lead), body)
 
 
-def _meter(value: float) -> str:
+def _meter(value: Real) -> str:
     return (
         '<svg class="meter" height="10" aria-hidden="true"><rect class="rail" width="100%" '
         f'height="10"/><rect class="fill" width="{max(0.0, min(100.0, 100 * value)):.1f}%" '
@@ -68,7 +69,7 @@ def _probes(stack: Stack) -> list[str]:
     for probe in stack.probes:
         heads = "".join(
             f"<li>{head_link(head, stack.name)} {_meter(score)} "
-            f"<span>{quantity(score, probe.definition.unit)}</span></li>"
+            f"<span>{escape(quantity(score, probe.definition.unit))}</span></li>"
             for head, score in zip(probe.heads, probe.scores, strict=True)
         )
         proof = proof_block(probe.proof) if probe.proof else ""
@@ -87,7 +88,7 @@ def _masking(found: Retrieval) -> str:
     start = count - len(points)
     xs = [100 * (i + 0.5) / count for i in range(count)]
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         return height * (1 - value)
 
     base = [] if found.base_recall is None else [found.base_recall]
@@ -136,6 +137,10 @@ def dormant(stack: Stack, index: int) -> str:
         f"{len(everyone)} heads are dormant by at least one definition, {all_agree} by all "
         f"{len(sets)}. Each column is one combination."
     )
+    defined = "".join(about(s.definition, f"{s.definition.label}: {s.threshold}") for s in sets)
+    if not counts:
+        none = "No head is dormant by any of the definitions."
+        return section("dormant", index, none, f'<div class="abouts">{defined}</div>')
     rows = [
         (
             " and ".join(escape(s.definition.label) for s, on in zip(sets, key, strict=True) if on),
@@ -147,7 +152,6 @@ def dormant(stack: Stack, index: int) -> str:
     listing = text_table(
         "The heads of each combination", table(("Dormant by", "Heads", "Which"), rows)
     )
-    defined = "".join(about(s.definition, f"{s.definition.label}: {s.threshold}") for s in sets)
     body = f'{_upset(sets, counts)}{listing}<div class="abouts">{defined}</div>'
     return section("dormant", index, escape(lead), body)
 

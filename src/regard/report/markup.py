@@ -10,6 +10,8 @@ from typing import Any
 
 from regard.report.schema import Definition
 
+Real = float | int
+
 MINUS, THIN = "\u2212", "\u202f"
 
 
@@ -26,14 +28,13 @@ def script_json(value: Any) -> str:
     return text
 
 
-def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+def number(value: Real | None, digits: int = 3, sign: bool = False) -> str:
     """A number to `digits` significant digits with thin thousands spaces and a true minus sign."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
-    if size >= 10 ** (digits + 1) or (size >= 1000 and float(value).is_integer()):
-        rounded = round(size, -max(0, math.floor(math.log10(size)) + 1 - max(digits, 4)))
-        text = f"{rounded:,.0f}".replace(",", THIN)
+    if size >= 1000:
+        text = f"{size:,.0f}".replace(",", THIN)
     elif float(value).is_integer():
         text = f"{size:.0f}"
     elif size < 10**-4:
@@ -47,7 +48,7 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     return ("+" if sign and value > 0 else "") + text
 
 
-def quantity(value: float | None, unit: str, digits: int = 3, sign: bool = False) -> str:
+def quantity(value: Real | None, unit: str, digits: int = 3, sign: bool = False) -> str:
     """A number with its unit; shares print as per cent."""
     if value is None or not math.isfinite(value):
         return "–"
@@ -58,7 +59,7 @@ def quantity(value: float | None, unit: str, digits: int = 3, sign: bool = False
     return number(value, digits, sign) + (f" {unit}" if unit else "")
 
 
-def _percent(value: float, digits: int, sign: bool) -> str:
+def _percent(value: Real, digits: int, sign: bool) -> str:
     """Per cent with the decimals of `digits` significant digits (2 below 10 %), also when round."""
     size = abs(value)
     if 0 < size < 0.01:
@@ -71,14 +72,14 @@ def _percent(value: float, digits: int, sign: bool) -> str:
     return (MINUS if value < 0 else "+" if sign and value > 0 else "") + text
 
 
-def change(value: float | None, unit: str, digits: int = 3) -> str:
+def change(value: Real | None, unit: str, digits: int = 3) -> str:
     """A signed difference with its unit; differences of shares print as percentage points."""
     if unit == "share" and value is not None:
         return quantity(100 * value, "points", digits, sign=True)
     return quantity(value, unit, digits, sign=True)
 
 
-def interval(low: float | None, high: float | None, unit: str, digits: int = 3) -> str:
+def interval(low: Real | None, high: Real | None, unit: str, digits: int = 3) -> str:
     """`[low, high]` in the unit's scale, without repeating the unit; empty when not measured."""
     if low is None or high is None:
         return ""

@@ -8,6 +8,7 @@ import numpy as np
 
 from regard.report.definitions import definition
 from regard.report.markup import (
+    Real,
     about,
     escape,
     interval,
@@ -71,7 +72,7 @@ def _peaks(sky: Skyline, tokens: list[str]) -> str:
     low = 10 ** math.floor(math.log10(max(float(np.nanmin(sky.median)), 1e-3)))
     high = 10 ** math.ceil(math.log10(float(np.nanmax(sky.peak)) * 1.02))
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         return height * (1 - position(value, low, high, "log"))
 
     decades = range(round(math.log10(low)), round(math.log10(high)) + 1)
@@ -120,7 +121,7 @@ def _writes(sky: Skyline, layers: int) -> str:
     reach = float(max(np.nanmax(np.abs(mlp)), np.nanmax(np.abs(attention)), 1e-9))
     height = 120
 
-    def place(value: float) -> float:  # signed square root: small writes stay visible
+    def place(value: Real) -> Real:  # signed square root: small writes stay visible
         return height / 2 * (1 - math.copysign(math.sqrt(min(abs(value) / reach, 1.0)), value))
 
     unit = 10 ** math.floor(math.log10(reach))
@@ -159,7 +160,7 @@ def _dose(sky: Skyline) -> str:
     low, high = min(0.0, *lows), max(highs) * 1.05 or 1.0
     xs = [100 * (i + 0.5) / len(points) for i in range(len(points))]
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         return height * (1 - (value - low) / (high - low))
 
     marks = [axis(nice_ticks(low, high), place)]
@@ -188,7 +189,7 @@ def _dose(sky: Skyline) -> str:
     )
 
 
-def _thousands(value: float) -> str:
+def _thousands(value: Real) -> str:
     return f"{number(value / 1000)}k" if value >= 1000 else number(value)
 
 
@@ -367,7 +368,7 @@ def _rhythm_chart(
         low = 0.0
     high = high if high > low else low + 1.0
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         return height * (1 - position(value, low, high, scale))
 
     xs = [100 * (i + 0.5) / bins for i in range(bins)]
@@ -407,7 +408,7 @@ def budget(stack: Stack, index: int) -> str:
     low = min(0.9, float(min(np.nanmin(level.retained) for level in levels)))
     low = math.floor(low * 10) / 10
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         return height * (1 - (value - low) / (1 - low))
 
     marks = [axis(nice_ticks(low, 1.0), place, lambda v: quantity(v, "share", 2))]

@@ -130,7 +130,7 @@ def _run_details(h: Header) -> str:
 def figures_bold(sentence: str) -> str:
     """The sentence as HTML with its figures set in bold."""
     parts = re.split(
-        r"((?<![\w.])[+\u2212-]?\d[\d.,]*(?:[ \u202f]\d{3})*(?:[ \u202f]?%)?)", sentence
+        r"((?<![\w.])[+\u2212-]?\d+(?:[.,]\d+)*(?:[ \u202f]\d{3})*(?:[ \u202f]?%)?)", sentence
     )
     return "".join(
         f"<b>{escape(part)}</b>" if i % 2 else escape(part) for i, part in enumerate(parts)
@@ -173,14 +173,14 @@ def proof_block(proof: Proof) -> str:
     """Effect, interval and controls as a figure and as words."""
     between = interval(proof.low, proof.high, proof.unit)
     level = f" {round(100 * proof.level)}{THIN}%" if between else ""
-    lines = [f"<b>{change(proof.effect, proof.unit)}</b> {between}{level}"]
+    lines = [f"<b>{escape(change(proof.effect, proof.unit))}</b> {between}{level}"]
     if proof.controls:
         mean = float(np.mean(proof.controls))
         reach = max(abs(v - mean) for v in proof.controls)
         factor, unit = (100, "points") if proof.unit == "share" else (1, proof.unit)
         shown = f"{number(factor * mean, 2, sign=True)} ± {quantity(factor * reach, unit, 2)}"
         name = escape(proof.control_label or f"{len(proof.controls)} controls")
-        lines.append(f'<span class="quiet">Controls: {shown}, {name}</span>')
+        lines.append(f'<span class="quiet">Controls: {escape(shown)}, {name}</span>')
     if proof.tokens:
         lines.append(f'<span class="quiet">{number(proof.tokens)} held-out tokens</span>')
     return (
@@ -208,7 +208,7 @@ def head_atlas(stack: Stack, index: int) -> str:
     rows = [
         (
             head_link(f"L{layer}H{head}", stack.name),
-            quantity(float(first.values[layer, head]), first.definition.unit),
+            escape(quantity(float(first.values[layer, head]), first.definition.unit)),
         )
         for layer, head in _ranked(first.values)[:20]
     ]
@@ -239,7 +239,7 @@ def causal(rows: list[Intervention]) -> str:
         return ""
     body = "".join(
         f'<article class="change"><div><h3>{escape(r.name)}</h3><p class="quiet">'
-        f"{escape(r.metric)} {quantity(r.before, r.unit)} → {quantity(r.after, r.unit)}</p>"
+        f"{escape(f'{r.metric} {quantity(r.before, r.unit)} → {quantity(r.after, r.unit)}')}</p>"
         f"{command(r.command) if r.command else ''}</div>{proof_block(_as_proof(r))}</article>"
         for r in rows
     )

@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from regard.report.colour import LEVELS, SIDE
-from regard.report.markup import change, escape, number
+from regard.report.markup import Real, change, escape, number
 from regard.report.schema import Measure, Proof
 
-Position = Callable[[float], float]
+Position = Callable[[Real], Real]
 
 
-def pixels(value: float) -> str:
+def pixels(value: Real) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def chart(
-    body: str, height: float, label: str, css: str = "", left: int = 46, foot: int = 24
+    body: str, height: Real, label: str, css: str = "", left: int = 46, foot: int = 24
 ) -> str:
     """The frame of a chart whose plot area is `height` pixels tall; `body` uses per-cent x."""
     return (
@@ -34,20 +34,20 @@ def chart(
     )
 
 
-def text(x: float, y: float, content: str, css: str = "", dx: float = 0, dy: float = 0) -> str:
+def text(x: Real, y: Real, content: str, css: str = "", dx: Real = 0, dy: Real = 0) -> str:
     shift = (f' dx="{pixels(dx)}"' if dx else "") + (f' dy="{pixels(dy)}"' if dy else "")
     mark = f' class="{css}"' if css else ""
     return f'<text x="{pixels(x)}%" y="{pixels(y)}"{shift}{mark}>{escape(content)}</text>'
 
 
-def line(x1: float, y1: float, x2: float, y2: float, css: str = "grid") -> str:
+def line(x1: Real, y1: Real, x2: Real, y2: Real, css: str = "grid") -> str:
     return (
         f'<line class="{css}" x1="{pixels(x1)}%" y1="{pixels(y1)}" '
         f'x2="{pixels(x2)}%" y2="{pixels(y2)}"/>'
     )
 
 
-def bar(x: float, y: float, width: float, height: float, css: str, tip: str = "") -> str:
+def bar(x: Real, y: Real, width: Real, height: Real, css: str, tip: str = "") -> str:
     data = f' data-tip="{escape(tip)}"' if tip else ""
     return (
         f'<rect class="{css}" x="{pixels(x)}%" y="{pixels(y)}" width="{pixels(width)}%" '
@@ -55,12 +55,12 @@ def bar(x: float, y: float, width: float, height: float, css: str, tip: str = ""
     )
 
 
-def dot(x: float, y: float, radius: float, css: str, tip: str = "") -> str:
+def dot(x: Real, y: Real, radius: Real, css: str, tip: str = "") -> str:
     data = f' data-tip="{escape(tip)}"' if tip else ""
     return f'<circle class="{css}" cx="{pixels(x)}%" cy="{pixels(y)}" r="{pixels(radius)}"{data}/>'
 
 
-def curves(paths: Iterable[tuple[str, str]], height: float) -> str:
+def curves(paths: Iterable[tuple[str, str]], height: Real) -> str:
     """Paths in a 1000 x `height` box stretched over the plot area: (css class, path data)."""
     drawn = "".join(f'<path class="{css}" d="{data}"/>' for css, data in paths)
     return (
@@ -69,7 +69,7 @@ def curves(paths: Iterable[tuple[str, str]], height: float) -> str:
     )
 
 
-def polyline(xs: Sequence[float], ys: Sequence[float]) -> str:
+def polyline(xs: Sequence[Real], ys: Sequence[Real]) -> str:
     """Path data for `curves` through points with x in per cent; a NaN breaks the line."""
     parts, pen = [], "M"
     for x, y in zip(xs, ys, strict=True):
@@ -81,13 +81,13 @@ def polyline(xs: Sequence[float], ys: Sequence[float]) -> str:
     return "".join(parts)
 
 
-def band(xs: Sequence[float], low: Sequence[float], high: Sequence[float]) -> str:
+def band(xs: Sequence[Real], low: Sequence[Real], high: Sequence[Real]) -> str:
     """Path data of the area between two curves."""
     back = polyline(list(xs)[::-1], list(low)[::-1]).replace("M", "L", 1)
     return polyline(xs, high) + back + "Z"
 
 
-def axis(ticks: Iterable[float], place: Position, show: Callable[[float], str] = number) -> str:
+def axis(ticks: Iterable[Real], place: Position, show: Callable[[Real], str] = number) -> str:
     """Horizontal grid lines with labels left of the plot area."""
     marks = []
     for tick in ticks:
@@ -96,18 +96,18 @@ def axis(ticks: Iterable[float], place: Position, show: Callable[[float], str] =
     return "".join(marks)
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def nice_ticks(low: Real, high: Real, count: int = 4) -> list[float]:
     """Round values within [low, high], about `count` of them."""
     if not high > low:
-        return [low]
+        return [float(low)]
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(float(i * step), 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def layer_labels(layers: int, y: float, start: int = 0, title: str = "layer") -> str:
+def layer_labels(layers: int, y: Real, start: int = 0, title: str = "layer") -> str:
     """Layer numbers below a plot of `layers` equal columns, every fifth or so; all tips have all."""
     step = next(s for s in (1, 2, 5, 10, 20, 50) if layers / s <= 16)
     marks = []
@@ -140,7 +140,7 @@ def colour_range(measure: Measure) -> tuple[float, float]:
     return (low, high if high > low else low + (abs(low) or 1.0))
 
 
-def position(value: float, low: float, high: float, scale: str) -> float:
+def position(value: Real, low: Real, high: Real, scale: str) -> Real:
     """Where `value` lies between `low` and `high`, clipped to [0, 1]."""
     if scale == "log":
         if value <= 0:
@@ -149,7 +149,7 @@ def position(value: float, low: float, high: float, scale: str) -> float:
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-def level_class(value: float, low: float, high: float, scale: str) -> str:
+def level_class(value: Real, low: Real, high: Real, scale: str) -> str:
     """The colour class of a cell: `q0 … q31`, `d0 … d24`, or `none` for a missing value."""
     if not math.isfinite(value):
         return "none"
@@ -213,7 +213,7 @@ def proof_plot(proof: Proof) -> str:
     pad = 0.06 * (high - low) or 1.0
     low, high = low - pad, high + pad
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         return 100 * (value - low) / (high - low)
 
     y = 16

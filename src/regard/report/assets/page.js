@@ -1127,6 +1127,7 @@ async function start() {
   }, { rootMargin: "-30% 0px -60% 0px" });
   $$("section[id]").forEach((section) => watch.observe(section));
   page.dataset.ready = "true";
+  performance.mark("regard-ready");
 }
 start().catch((error) => {
   page.classList.remove("js");
