@@ -13,35 +13,108 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 99),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "word_embed_proj_dim", "embedding_size"), 32),
-    **dict.fromkeys(("input_embedding_size", "output_embedding_size", "projection_dim", "backbone_hidden_size"), 32),
-    **dict.fromkeys(("depth", "num_global_layers", "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "num_layers_per_stack", "num_blocks"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
+        99,
+    ),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "emb_dim", "word_embed_proj_dim", "embedding_size"), 32
+    ),
+    **dict.fromkeys(
+        ("input_embedding_size", "output_embedding_size", "projection_dim", "backbone_hidden_size"),
+        32,
+    ),
+    **dict.fromkeys(
+        (
+            "depth",
+            "num_global_layers",
+            "num_hidden_layers",
+            "num_layers",
+            "n_layer",
+            "n_layers",
+            "encoder_layers",
+            "decoder_layers",
+        ),
+        2,
+    ),
+    **dict.fromkeys(
+        ("num_encoder_layers", "num_decoder_layers", "num_layers_per_stack", "num_blocks"), 2
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"), 4
+    ),
+    **dict.fromkeys(
+        ("encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"), 4
+    ),
     **dict.fromkeys(("num_decoder_attention_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(
+        ("head_dim", "swa_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8
+    ),
     **dict.fromkeys(("dim_head", "d_head", "kv_channels", "attention_head_size", "d_kv"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "laurel_rank", "hc_lowrank", "gated_norm_rank"), 16),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "dff", "dim_ff", "d_inner"), 48),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "dense_intermediate_size"), 48),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 128),
+    **dict.fromkeys(
+        (
+            "q_lora_rank",
+            "kv_lora_rank",
+            "o_lora_rank",
+            "laurel_rank",
+            "hc_lowrank",
+            "gated_norm_rank",
+        ),
+        16,
+    ),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "d_ff",
+            "n_inner",
+            "ffn_hidden_size",
+            "dff",
+            "dim_ff",
+            "d_inner",
+        ),
+        48,
+    ),
+    **dict.fromkeys(
+        ("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "dense_intermediate_size"),
+        48,
+    ),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"),
+        128,
+    ),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "local_attention", "window_size"), 6),
-    **dict.fromkeys(("attention_chunk_size", "attention_window_size", "local_attention_window_len"), 8),
+    **dict.fromkeys(
+        ("attention_chunk_size", "attention_window_size", "local_attention_window_len"), 8
+    ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **dict.fromkeys(
+        (
+            "n_group",
+            "topk_group",
+            "n_shared_experts",
+            "num_shared_experts",
+            "moe_num_shared_experts",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16
+    ),
     **dict.fromkeys(("shared_intermediate_size", "shared_experts_intermediate_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "router_hidden_size"), 16),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(
+        ("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8
+    ),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "lru_width"), 16),
+    **dict.fromkeys(
+        ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "lru_width"), 16
+    ),
     **dict.fromkeys(("index_head_dim",), 8),
     **dict.fromkeys(("index_n_heads",), 2),
     **dict.fromkeys(("index_topk",), 6),
@@ -52,7 +125,13 @@ SMALL: dict[str, Any] = {
 }
 """What is written over a configuration's own number, when it declares one of that name."""
 
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "decoder_start_token_id": 1}
+TOKENS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 3,
+    "decoder_start_token_id": 1,
+}
 TOKENS |= {"cls_token_id": 4, "unk_token_id": 5, "mask_token_id": 6}
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "block_types")
 
@@ -63,7 +142,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
     "dots1": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"layers": 4, "num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3n_text": {
+        "layers": 4,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": ATTENTION_LAST,
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -73,7 +156,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"head_dim": 8},
-    "nemotron_h": {"layers": 4, "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
+    "nemotron_h": {
+        "layers": 4,
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+    },
     "qwen4_exp_text": {"ngram_vocab_size_base": 100},
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
@@ -115,7 +201,18 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+                )
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.eval()
+
+
+def build(model_type: str, head: str | None = None, **more: Any) -> nn.Module:
+    """An untrained tiny model of a family: its causal language model, or the class named by `head`."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = getattr(transformers, head or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return kind(tiny_config(model_type, **more)).eval()

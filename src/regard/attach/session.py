@@ -122,10 +122,11 @@ class Session:
                 if self.pipeline["residual"] or self.pipeline["neurons"]:
                     self._handles += self._stream.register()
                 if self.methods:
-                    self._handles.append(
-                        self.model.register_forward_pre_hook(self._entering, with_kwargs=True)
-                    )
-                    self._handles.append(self.model.register_forward_hook(self._leaving))
+                    enter, leave = map(torch.compiler.disable, (self._entering, self._leaving))
+                    self._handles += [
+                        self.model.register_forward_pre_hook(enter, with_kwargs=True),
+                        self.model.register_forward_hook(leave),
+                    ]
             for method in self.methods:
                 method.start(self)
                 self._started.append(method)
@@ -245,7 +246,7 @@ class Session:
             if module is block.module:
                 self._running = block
 
-        return hook
+        return torch.compiler.disable(hook)
 
     def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is not self.model:

@@ -117,7 +117,7 @@ class StreamHooks:
                 return (changed, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": changed}
 
-        return hook
+        return torch.compiler.disable(hook)
 
     def _write(self, stack: Stack, block: BlockParts, part: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -129,7 +129,7 @@ class StreamHooks:
                 self._parts[part] = hidden if changed is None else changed
             return None if changed is None else _with_hidden(output, changed)
 
-        return hook
+        return torch.compiler.disable(hook)
 
     def _leave(self, stack: Stack, block: BlockParts) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -142,7 +142,7 @@ class StreamHooks:
             self._running = None
             return None if changed is None else _with_hidden(output, changed)
 
-        return hook
+        return torch.compiler.disable(hook)
 
     def _check(self, stack: Stack, hidden: Tensor) -> None:
         """Whether output = input + what the sub-layers wrote, on the first block that has both kinds."""
@@ -166,4 +166,4 @@ class StreamHooks:
             changed = self._show(stack, block, "neurons", args[0], module, "neurons")
             return None if changed is None else (changed, *args[1:])
 
-        return hook
+        return torch.compiler.disable(hook)

@@ -16,6 +16,8 @@ open that function is `attention` here. What else a model passes decides what it
 Models with sparse indexers cut the mask themselves only where the implementation is called `sdpa` or `eager`, so it is done
 here. Without a mask, `sdpa` models mean "causal if the module is"; models that run eager mean "every key". So there are two
 functions and two masks, chosen by the implementation that a model had before.
+
+Under `torch.compile` every attention call is a graph break: methods are Python and stay so.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from regard.attach.session import dispatch
 from regard.engine import AttentionCall, DeferredMask, as_mask
 
 
+@torch.compiler.disable
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -92,6 +95,7 @@ def attention(
     return dispatch(module, call).transpose(1, 2).contiguous(), None
 
 
+@torch.compiler.disable
 def eager_attention(
     module: nn.Module,
     query: Tensor,

@@ -23,7 +23,8 @@ class State:
     """A place in the residual stream.
 
     `part` is "embed" (the input of block 0), "attention", "cross" or "mlp" (what that sub-layer adds to the stream; "cross"
-    in decoders that attend to an encoder), "block" (the stream after the block) or "neurons" (the input of the MLP's down projection, `[batch, tokens, d_ff]`).
+    in decoders that attend to an encoder), "block" (the stream after the block) or "neurons" (the input of the MLP's down
+    projection, `[batch, tokens, d_ff]`).
     """
 
     part: str
