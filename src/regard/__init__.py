@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regard.attach import attach as attach
     from regard.instruments import observe as observe
-    from regard.instruments import retrieval_heads as retrieval_heads
+    from regard.instruments.retrieval import retrieval_heads as retrieval_heads
     from regard.interventions import ablate as ablate
     from regard.pretrained import load as load
     from regard.report import report as report
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "regard.pretrained",
     "observe": "regard.instruments",
-    "retrieval_heads": "regard.instruments",
+    "retrieval_heads": "regard.instruments.retrieval",
     "ablate": "regard.interventions",
 }
 # `attach` and `report` are packages that can be called, so the name is the room itself.
