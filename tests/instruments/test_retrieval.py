@@ -214,6 +214,13 @@ def test_answer_logprob_equals_one_forward_pass():
             logits = model(input_ids=text).logits[0, len(item.ids) - 1 : -1].log_softmax(-1)
         expected = logits.gather(-1, torch.tensor(answer)[:, None]).mean()
         assert value == pytest.approx(float(expected), abs=1e-5)
+    prefix.rewind()
+    tail = answer_logprob(model, prefix, [torch.tensor(a) for a in answers], given=[2, 0])
+    assert tail[1] == pytest.approx(float(got[1]), abs=1e-6)
+    text = torch.cat([items[0].ids, torch.tensor(answers[0])])[None]
+    with torch.no_grad():
+        last = model(input_ids=text).logits[0, -2].log_softmax(-1)[answers[0][2]]
+    assert float(tail[0]) == pytest.approx(float(last), abs=1e-5)
 
 
 def test_merging_keeps_every_run():

@@ -97,14 +97,22 @@ def greedy(
 
 @torch.no_grad()
 def answer_logprob(
-    model: Any, prefix: Prefix, answers: Sequence[Int[Tensor, " _"]]
+    model: Any,
+    prefix: Prefix,
+    answers: Sequence[Int[Tensor, "_"]],
+    given: Sequence[int] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Mean log-probability (nats) of the tokens of a given answer to each prompt, in one forward pass."""
+    """Mean log-probability (nats) of the tokens of a given answer to each prompt, in one forward pass.
+
+    `given` is the number of leading tokens of each answer that are not counted (the beginning of a sentence whose end
+    is asked for).
+    """
     longest = max(len(answer) for answer in answers)
     targets = torch.zeros(len(answers), longest, dtype=torch.long)
     counted = torch.zeros(len(answers), longest, dtype=torch.bool)
     for row, answer in enumerate(answers):
-        targets[row, : len(answer)], counted[row, : len(answer)] = answer, True
+        targets[row, : len(answer)] = answer
+        counted[row, given[row] if given else 0 : len(answer)] = True
     device = prefix.ids.device
     targets, counted = targets.to(device), counted.to(device)
     inputs = torch.cat([prefix.ids[:, -1:], targets[:, :-1]], dim=1)
