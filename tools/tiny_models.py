@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SMALL: dict[str, Any] = {
     **dict.fromkeys(
@@ -121,6 +123,10 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("image_size",), 16),
     **dict.fromkeys(("patch_size",), 4),
     "num_nextn_predict_layers": 0,
+    "num_codebooks": 1,
+    "encoder_hash_byte_group_vocab": 50,
+    "index_block_size": 2,
+    "index_topk_blocks": 1,
     **dict.fromkeys(("query_pre_attn_scalar", "hidden_size_per_layer_input", "rotary_dim"), 8),
 }
 """What is written over a configuration's own number, when it declares one of that name."""
@@ -135,12 +141,45 @@ TOKENS = {
 TOKENS |= {"cls_token_id": 4, "unk_token_id": 5, "mask_token_id": 6}
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "block_types")
 
+PARTS = {
+    **dict.fromkeys(
+        ("emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "dots3_note"), "text_config"
+    ),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "decoder"),
+}
+"""Composite configurations of which the causal language model takes a part."""
+
 ATTENTION_LAST = {"layer_types": ["linear_attention", "full_attention"]}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-    "dots1": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "bailing_hybrid": {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "partial_rotary_factor": 1.0,
+        "num_expert_group": 1,
+        "n_group": 1,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_theta": 1e4, "rope_type": "default"}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots1": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "sliding_window": 6,
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "layers": 4,
@@ -153,16 +192,53 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"head_dim": 16},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "mamba2": {"head_dim": 16, "n_groups": 2},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {
+        "n_groups": 2,
         "layers": 4,
         "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
     },
-    "qwen4_exp_text": {"ngram_vocab_size_base": 100},
-    "reformer": {"is_decoder": True},
+    "qwen4_exp_text": {
+        "ngram_vocab_size_base": 100,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
+    "doge": {"keep_window_size": 6},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_n_heads": 2,
+    },
+    "mt5": {"decoder_start_token_id": 0},
+    "t5": {"decoder_start_token_id": 0},
+    "esm": {
+        "vocab_size": 99,
+        "pad_token_id": 0,
+        "mask_token_id": 6,
+        "position_embedding_type": "rotary",
+    },
+    "albert": {"layers": 3, "num_hidden_groups": 1, "inner_group_num": 1},
+    "gemma3": {
+        "image_token_index": 98,
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 97,
+        "eoi_token_index": 96,
+    },
+    "llava": {"image_token_index": 98, "image_seq_length": 16},
+    "wav2vec2": {
+        "conv_dim": (16,) * 7,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+    },
+    "whisper": {"max_source_positions": 12, "num_mel_bins": 8},
+    "zamba": {"layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -211,8 +287,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 def build(model_type: str, head: str | None = None, **more: Any) -> nn.Module:
     """An untrained tiny model of a family: its causal language model, or the class named by `head`."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     kind = getattr(transformers, head or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    return kind(tiny_config(model_type, **more)).eval()
+    config = tiny_config(model_type, **more)
+    part = None if head else PARTS.get(model_type)
+    return kind(getattr(config, part) if part else config).eval()

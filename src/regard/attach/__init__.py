@@ -12,6 +12,7 @@ from regard.attach.anatomy import BlockParts, Stack, anatomy
 from regard.attach.equality import Equality, equality
 from regard.attach.modules import HookedAttention
 from regard.attach.session import PartialAttachWarning, Session
+from regard.attach.verification import Verification, verify
 from regard.engine import Method
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "PartialAttachWarning",
     "Session",
     "Stack",
+    "Verification",
     "anatomy",
     "attach",
     "equality",
+    "verify",
 ]
 
 

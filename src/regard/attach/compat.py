@@ -183,7 +183,8 @@ def is_hookable(module: nn.Module) -> bool:
 def computes_softmax(module: nn.Module) -> bool:
     """Whether the module's class computes attention weights of its own: what cannot be hooked but has weights."""
     return isinstance(module, nn.MultiheadAttention) or _mentions(
-        type(module), ("softmax(", "scaled_dot_product_attention(", "flash_attn", "nn.Softmax")
+        type(module),
+        ("softmax(", "logsumexp(", "scaled_dot_product_attention(", "flash_attn", "nn.Softmax"),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard._errors import AttachError
+from regard._errors import AttachError, ModelError
 from regard.attach.session import Session
 from regard.engine import Block, Method
 
@@ -46,9 +46,12 @@ def equality(model: nn.Module, inputs: dict[str, Any], tolerance: float | None =
 
     Raises:
         AttachError: when the difference exceeds the tolerance.
+        ModelError: when the untouched model's output is not finite.
     """
     with torch.no_grad():
-        plain = first_tensor(model(**inputs))
+        output = model(**inputs)
+        check_finite(model, output)
+        plain = first_tensor(output)
         with Session(model, _Reader()):
             attached = first_tensor(model(**inputs))
     if tolerance is None:
@@ -81,3 +84,21 @@ def valid_part(tensor: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tensor.shape[:2]:
             return tensor[mask.bool()]
     return tensor
+
+
+def check_finite(model: nn.Module, output: Any) -> None:
+    """Raises `ModelError` when the output holds NaN or infinity, naming the first bad parameter if there is one."""
+    values = first_tensor(output)
+    if bool(torch.isfinite(values).all()):
+        return
+    bad = next(
+        (name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None
+    )
+    where = (
+        f"parameter {bad} holds NaN or infinite numbers"
+        if bad
+        else "its parameters are finite, so a layer overflowed"
+    )
+    raise ModelError(
+        f"{type(model).__name__} gives NaN or infinite output: {where}; nothing it shows would be meaningful"
+    )
