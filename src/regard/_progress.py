@@ -23,10 +23,10 @@ PATIENCE = 2.0  # seconds of silence before the bar appears
 class Advance(Protocol):
     """What `progress(total, ...)` hands out: call it after each finished step."""
 
-    def __call__(self, steps: float = 1, description: str | None = None) -> None: ...
+    def __call__(self, steps: float | int = 1, description: str | None = None) -> None: ...
 
 
-def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+def track(items: Iterable[T], description: str, total: float | int | None = None) -> Iterator[T]:
     """Iterate over `items` under a progress bar.
 
     Args:
@@ -50,7 +50,7 @@ def track(items: Iterable[T], description: str, total: float | None = None) -> I
 
 
 @contextmanager
-def progress(total: float | None, description: str) -> Iterator[Advance]:
+def progress(total: float | int | None, description: str) -> Iterator[Advance]:
     """A progress bar for work that is not a simple loop.
 
     Args:
@@ -73,20 +73,20 @@ def progress(total: float | None, description: str) -> Iterator[Advance]:
             bar.close()
 
 
-def _silent(steps: float = 1, description: str | None = None) -> None:
+def _silent(steps: float | int = 1, description: str | None = None) -> None:
     return None
 
 
 class _Bar:
     """A rich bar that is created on the first step after `PATIENCE` seconds."""
 
-    def __init__(self, total: float | None, description: str) -> None:
+    def __init__(self, total: float | int | None, description: str) -> None:
         self.total, self.description = total, description
         self.done = 0.0
         self.began = time.monotonic()
         self.drawn: Progress | None = None
 
-    def advance(self, steps: float = 1, description: str | None = None) -> None:
+    def advance(self, steps: float | int = 1, description: str | None = None) -> None:
         self.done += steps
         self.description = description or self.description
         if self.drawn is None and time.monotonic() - self.began >= PATIENCE:

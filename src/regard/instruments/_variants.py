@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from regard._errors import InputError, nearest
 from regard._progress import progress
 from regard.attach import Session
+from regard.attach.equality import check_finite
 from regard.coordinates import Head
 from regard.instruments._losses import evaluation_inputs, next_tokens
 from regard.instruments._replay import Replay
-from regard.instruments.observe import check_finite
 from regard.instruments.outputs import MeanOutput, mean_outputs
 from regard.interventions import MODES
 from regard.interventions.heads import HeadMethod

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard._errors import InputError, ModelError
+from regard._errors import InputError
 from regard.attach import Session
+from regard.attach.equality import check_finite
 from regard.instruments.base import HeadMeasure, Instrument
 from regard.instruments.distance import WAAD, Distance
 from regard.instruments.entropy import Entropy
@@ -190,25 +191,3 @@ def model_inputs(
     if "use_cache" in known:
         arguments["use_cache"] = False
     return arguments
-
-
-def check_finite(model: nn.Module, output: Any) -> None:
-    """Raises `ModelError` when the output holds NaN or infinity, naming the first bad parameter if there is one."""
-    values = (
-        output
-        if isinstance(output, Tensor)
-        else next((v for v in output.values() if isinstance(v, Tensor)), None)
-    )
-    if values is None or bool(torch.isfinite(values).all()):
-        return
-    bad = next(
-        (name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None
-    )
-    where = (
-        f"parameter {bad} holds NaN or infinite numbers"
-        if bad
-        else "its parameters are finite, so a layer overflowed"
-    )
-    raise ModelError(
-        f"{type(model).__name__} gives NaN or infinite output: {where}; nothing it shows would be meaningful"
-    )

@@ -269,9 +269,9 @@ def _tag(stack: Stack) -> None:
 def _interventions(measured: Measured, command: str) -> list[Intervention]:
     names = {
         "parked": ("Heads parked on the first token silenced", "loss on held-out text"),
-        "previous_token": ("Top 5 previous-token heads silenced", "loss on repeated tokens"),
-        "duplicate_token": ("Top 5 duplicate-token heads silenced", "loss on repeated tokens"),
-        "induction": ("Top 5 induction heads silenced", "loss on repeated tokens"),
+        "previous_token": ("Best previous-token heads silenced", "loss on repeated tokens"),
+        "duplicate_token": ("Best duplicate-token heads silenced", "loss on repeated tokens"),
+        "induction": ("Best induction heads silenced", "loss on repeated tokens"),
         "retrieval": ("Retrieval heads silenced", "loss of the answer on held-out needles"),
     }
     rows = []

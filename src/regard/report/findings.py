@@ -219,7 +219,7 @@ def _copying(stack: Stack, measured: Measured, command: str) -> Finding | None:
     twin = measured.twins.get("induction")
     if twin is None:
         return None
-    best = measured.probes["induction"].top(5)
+    best = measured.probes["induction"].top(len(twin.heads))
     sentence = (
         f"{best[0][0]} gives {best[0][1]:.0%} of its attention to the token that followed last time. Silencing the top"
         f" {_plural(len(best), 'induction head')} changes the loss on repeated tokens by {twin.effect:+.2f} nats a token;"
@@ -231,7 +231,7 @@ def _copying(stack: Stack, measured: Measured, command: str) -> Finding | None:
         sentence,
         "Random tokens repeated once; scored on one batch, silenced on another.",
         command,
-        proof(twin, "Loss on the repeated half of fresh random tokens, top 5 silenced"),
+        proof(twin, "Loss on the repeated half of fresh random tokens, best heads silenced"),
         [str(head) for head, _ in best],
         "induction",
         "retrieval",

@@ -6,12 +6,14 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from regard.attach import Session
+from regard.attach.equality import check_finite
 from regard.engine import Site
 from regard.instruments.base import HeadMeasure, Instrument
 from regard.instruments.distance import WAAD, Distance
@@ -19,7 +21,7 @@ from regard.instruments.entropy import Entropy
 from regard.instruments.influence import FutureInfluence
 from regard.instruments.maps import PooledMaps
 from regard.instruments.norms import HeadOutputNorms
-from regard.instruments.observe import check_finite, model_inputs
+from regard.instruments.observe import model_inputs
 from regard.instruments.profile import PatternProfile
 from regard.instruments.sinks import SinkMass, Sinks
 from regard.instruments.stream import ResidualPeaks
@@ -158,7 +160,7 @@ def _measures(reading: Reading, stack: str) -> list[Measure]:
     for key, name in (("waad", "WAAD"), ("fai", "FutureInfluence")):
         series = reading.instruments[name].compute()
         if stack in {name for name, _ in series.values}:
-            found.insert(4, measure(key, np.nanmean(series.tensor(stack).numpy(), axis=-1)))
+            found.insert(4, measure(key, _mean(series.tensor(stack).numpy(), -1)))
     return found
 
 
@@ -168,13 +170,21 @@ def split_heads(distance: np.ndarray, share: float = 0.3) -> tuple[np.ndarray, n
     return distance <= low, distance >= high
 
 
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over the numbers that were measured; NaN where there is none."""
+    known = np.isfinite(values)
+    count = known.sum(axis)
+    total = np.where(known, values, 0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
 def _sequence(reading: Reading, stack: str, pieces: list[str]) -> Sequence:
     sinks = reading.instruments["Sinks"].compute()
     importance = sinks.importance.tensor(stack).numpy()
-    by_layer = np.nanmean(importance, axis=1)
+    by_layer = _mean(importance, 1)
     sequence = Sequence(
         tokens=pieces,
-        received=np.nanmean(by_layer, axis=0),
+        received=_mean(by_layer, 0),
         received_by_layer=by_layer,
         sinks=[sink.position for sink in sinks.sinks(stack)[:12]],
     )
@@ -237,7 +247,7 @@ def _pool(row: np.ndarray, blocks: int) -> np.ndarray:
 
 
 def _distances(bands: np.ndarray, edges: list[int]) -> np.ndarray:
-    near = [bands[lo:hi].sum() for lo, hi in zip(edges[:-2], edges[1:-1], strict=True)]
+    near = [bands[lo:hi].sum() for lo, hi in pairwise(edges[:-1])]
     return np.array([*near, max(0.0, 1.0 - sum(near))])
 
 
