@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -45,6 +46,7 @@ def run_module(title: str, code: str, page: Path) -> types.ModuleType:
 
 @pytest.mark.parametrize("page", pages())
 def test_examples_run(page, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "LICENSE", tmp_path)  # the text that the quickstart reads
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "example"}
     for title, code in blocks(page):
