@@ -1,4 +1,8 @@
-"""While the site is built, `{{ regard --help }}` on a line becomes what that command prints."""
+"""What the site takes from the project while it is built.
+
+`{{ regard --help }}` on a line becomes what that command prints, and the pages that commands write (papers, benchmarks)
+enter the navigation when they are there.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,21 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 COMMAND = re.compile(r"^\{\{ regard (?P<arguments>.+) \}\}$", re.M)
+
+
+def on_config(config: Any) -> Any:
+    home = Path(config.docs_dir)
+    written = [{"Benchmarks": "benchmarks.md"}] if (home / "benchmarks.md").exists() else []
+    papers = sorted((home / "papers").glob("*.md"), key=lambda page: (page.stem != "index", page))
+    if papers:
+        written.append({"Papers": [f"papers/{page.name}" for page in papers]})
+    before_api = next(i for i, entry in enumerate(config.nav) if "API" in entry)
+    config.nav[before_api:before_api] = written
+    return config
 
 
 def on_page_markdown(markdown: str, **rest: Any) -> str:
