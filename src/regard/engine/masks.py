@@ -150,7 +150,9 @@ class DeferredMask(Tensor):
         dtype: torch.dtype = torch.bool,
         device: torch.device | str = "cpu",
     ) -> DeferredMask:
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        mask = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=torch.device(device)
+        )
         mask.rule = rule
         mask.key_valid = key_valid
         mask.query_offset = query_offset

@@ -147,19 +147,18 @@ def observe(
         ModelError: when the model's output is not finite.
         AttachError: when the model's attention cannot be reached.
     """
-    if isinstance(model, str):
-        model = load(model)
+    subject = load(model) if isinstance(model, str) else model
     chosen = list(instruments) or standard_instruments()
-    inputs = token_ids(model, text, tokenizer)
-    arguments = model_inputs(model, inputs["input_ids"], inputs.get("attention_mask"))
+    inputs = token_ids(subject, text, tokenizer)
+    arguments = model_inputs(subject, inputs["input_ids"], inputs.get("attention_mask"))
     start = time.perf_counter()
-    with torch.inference_mode(), Session(model, *chosen, rows=rows, seed=seed):
-        output = model(**arguments)
+    with torch.inference_mode(), Session(subject, *chosen, rows=rows, seed=seed):
+        output = subject(**arguments)
     seconds = time.perf_counter() - start
-    check_finite(model, output)
+    check_finite(subject, output)
     pieces: list[str] = []
     if not isinstance(text, Tensor):
-        found = tokenizer_of(model, tokenizer)
+        found = tokenizer_of(subject, tokenizer)
         pieces = [found.decode([token]) for token in inputs["input_ids"][0].tolist()]
     named = {type(instrument).__name__: instrument for instrument in chosen}
     return Observation(

@@ -7,6 +7,8 @@ every later token, and the loss of the later tokens is compared with the untouch
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,7 @@ def budget(model: nn.Module, ids: Tensor, mass: np.ndarray, *, measured: bool = 
 
 
 def _bytes(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "head_dim", None)

@@ -94,22 +94,22 @@ def _tokens(
     model: nn.Module, text: str | Tensor | None, tokens: int | None, tokenizer: Any
 ) -> tuple[Tensor, str]:
     limit = context_length(model)
+    given: str | Tensor
     if text is None:
         from regard.texts import default_text
 
-        wanted = min(tokens or DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
-        text = default_text(tokenizer, wanted)
-        tokens, source = wanted, "English prose from Python's own documentation"
+        tokens = min(tokens or DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
+        given, source = default_text(tokenizer, tokens), "English prose from Python's documentation"
     else:
-        source = "token ids" if isinstance(text, Tensor) else "the given text"
-    if tokens is not None and not isinstance(text, Tensor):
-        if not text.strip():
-            raise InputError("the text is empty; give at least one word")
-        device = next(model.parameters()).device
-        text = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
-    if tokens is not None and isinstance(text, Tensor):
-        text = text.view(1, -1)[:, :tokens] if text.dim() == 1 else text[:, :tokens]
-    ids = token_ids(model, text, tokenizer)["input_ids"]
+        given, source = text, "token ids" if isinstance(text, Tensor) else "the given text"
+    if tokens is not None:
+        if isinstance(given, str):
+            if not given.strip():
+                raise InputError("the text is empty; give at least one word")
+            given = tokenizer(given, return_tensors="pt", verbose=False)["input_ids"]
+            given = given.to(next(model.parameters()).device)
+        given = given[..., :tokens]
+    ids = token_ids(model, given, tokenizer)["input_ids"]
     if ids.shape[0] != 1:
         raise InputError(f"a report reads one text, got a batch of {ids.shape[0]}")
     return ids, source

@@ -91,7 +91,7 @@ def named_heads(scores: HeadMeasure, most: int = 5) -> int:
 
 
 def copying_loss(
-    model: Any, seed: int, length: int = 48, batch: int = 4
+    model: Any, seed: int, length: int = 32, batch: int = 4
 ) -> Callable[[Any], Tensor]:
     """A function of the model: loss on the second copy of random tokens, one number for each sequence."""
     from regard.pretrained import tokenizer_of
@@ -112,7 +112,7 @@ def copying_loss(
 
 
 def answer_loss(
-    model: Any, seed: int, needles: int = 6, length: int = 256
+    model: Any, seed: int, needles: int = 6, length: int = 200
 ) -> Callable[[Any], Tensor]:
     """A function of the model: loss of the right answer after a needle prompt, nats per answer token, one for each prompt.
 

@@ -195,12 +195,12 @@ def _sequence(reading: Reading, stack: str, pieces: list[str]) -> Sequence:
     if distance is not None and stack in {name for name, _ in waad.values}:
         local, wide = split_heads(distance)
         fai = reading.instruments["FutureInfluence"].compute().tensor(stack).numpy()
-        sequence.waad = waad.tensor(stack).numpy()[local].mean(0)
-        sequence.fai = fai[wide].mean(0)
+        rhythm, influence = waad.tensor(stack).numpy()[local].mean(0), fai[wide].mean(0)
         tokens = len(pieces)
         most = max(1, tokens // 40)
-        sequence.anchors = sorted(np.argsort(-sequence.fai[: tokens - 10])[:most].tolist())
-        sequence.peaks = _peaks(sequence.waad, 0.9)
+        sequence.waad, sequence.fai = rhythm, influence
+        sequence.anchors = sorted(np.argsort(-influence[: tokens - 10])[:most].tolist())
+        sequence.peaks = _peaks(rhythm, 0.9)
     return sequence
 
 
