@@ -106,8 +106,7 @@ def _tokens(
         if isinstance(given, str):
             if not given.strip():
                 raise InputError("the text is empty; give at least one word")
-            given = tokenizer(given, return_tensors="pt", verbose=False)["input_ids"]
-            given = given.to(next(model.parameters()).device)
+            given = torch.tensor(tokenizer(given, verbose=False)["input_ids"])
         given = given[..., :tokens]
     ids = token_ids(model, given, tokenizer)["input_ids"]
     if ids.shape[0] != 1:

@@ -6,6 +6,8 @@ or one dimension does something unusual, "good" where something can be saved, "i
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from regard.report.measuring import Measured, proof
@@ -23,7 +25,10 @@ def write_findings(stack: Stack, measured: Measured, command: str) -> list[Findi
         _dormant(stack, measured, command),
         _domains(measured, command),
     ]
-    return [finding for finding in found if finding is not None]
+    kept = [finding for finding in found if finding is not None]
+    for finding in kept:
+        finding.sentence = re.sub(r"(?<= )-(?=\d)", "\u2212", finding.sentence)
+    return kept
 
 
 def _values(stack: Stack, key: str) -> np.ndarray | None:
@@ -51,9 +56,9 @@ def _parked(stack: Stack, measured: Measured, command: str) -> Finding | None:
     twin = measured.twins.get("parked")
     sentence = f"{share:.0%} of all attention goes to the first token"
     if many.any():
-        sentence += f"; {int(many.sum())} of {total} heads put more than 80 % there."
+        sentence += f"; {int(many.sum())} of {total} heads put more than 80% there."
     else:
-        sentence += "; no head puts more than 80 % there."
+        sentence += "; no head puts more than 80% there."
     if twin is not None:
         controls = float(twin.controls.mean())
         sentence += (
@@ -106,9 +111,9 @@ def _massive(stack: Stack, measured: Measured, command: str) -> Finding | None:
     adding = [w for w in sky.writers if w.share is not None and w.share > 0.05]
     erasing = [w for w in sky.writers if w.share is not None and w.share < -0.05]
     if adding:
-        sentence += f" {', '.join(w.site for w in adding[:2])} write" + (
-            "s it" if len(adding) == 1 else " most of it"
-        )
+        share = sum(w.share or 0.0 for w in adding[:2])
+        verb = "writes" if len(adding) == 1 else "write"
+        sentence += f" {' and '.join(w.site for w in adding[:2])} {verb} {share:.0%} of it"
         sentence += f"; {erasing[0].site} erases it." if erasing else "."
     evidence = None
     if measured.dose is not None:

@@ -204,7 +204,7 @@ def dormant(
     }
     measured.dormant = DormantHeads(table, thresholds)
     labels = {
-        "sink": "more than 80 % on the first key",
+        "sink": "more than 80% on the first key",
         "output": "writes less than half the median head of its layer",
         "ablation": f"silencing it alone changes the loss by less than {ablation} nats",
     }

@@ -66,7 +66,9 @@ def hero(data: ReportData) -> str:
     about_model = [f"{stack.layers} layers × {stack.heads} heads{kv}"]
     if h.parameters:
         about_model.append(f"{number(h.parameters / 1e6)}{THIN}M parameters")
-    about_model.append(f"{h.quantisation}, {h.dtype}" if h.quantisation else h.dtype)
+    about_model.append(
+        f"{h.quantisation.split(' ')[0]}, computed in {h.dtype}" if h.quantisation else h.dtype
+    )
     emblem = next((thumbnail(m) for m in stack.measures if np.isfinite(m.values).any()), "")
     return (
         '<section class="hero" id="top"><div class="hero-text">'
