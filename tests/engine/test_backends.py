@@ -27,7 +27,9 @@ from regard.engine import (
 
 
 def named(pattern: list[list[int]], size: int, keys: int, causal: bool = True) -> BlockSparseMask:
-    return BlockSparseMask(tuple(torch.tensor(blocks) for blocks in pattern), size, keys, causal)
+    return BlockSparseMask(
+        tuple(torch.tensor(blocks, dtype=torch.long) for blocks in pattern), size, keys, causal
+    )
 
 
 def seen_by(pattern: list[list[int]], size: int, queries: int, keys: int, causally: bool) -> Tensor:
@@ -83,6 +85,8 @@ def test_patterns_that_cannot_be_are_named() -> None:
         named([[0], []], 8, 16)
     with pytest.raises(ValueError, match=r"names key blocks \[0, 2\], expected 0..1"):
         named([[0], [0, 2]], 8, 16)
+    with pytest.raises(ValueError, match="query block 0 names only later key blocks"):
+        named([[1], [0]], 8, 16)
     q, k, v = make(queries=27)
     with pytest.raises(ValueError, match="names 2 query blocks, but 27 queries make 4"):
         block_sparse.attend(AttentionCall(q, k, v, named([[0], [0, 1]], 8, 27), 1.0))

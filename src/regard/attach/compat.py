@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,15 @@ from regard.engine.masks import DeferredMask
 NAME = "regard"
 EAGER = "regard_eager"
 """For models that run eager: they expect additive masks, and a mask in every case."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """Keeps `torch.compile` out of a hook: the graph breaks there, and methods stay the Python they are."""
+    disabled: Any = torch.compiler.disable
+    return disabled(function)
 
 
 def register(
@@ -74,8 +83,8 @@ def deferred_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
+            q_offset=int(q_offset),
+            kv_offset=int(kv_offset),
             mask_function=mask_function,  # type: ignore[arg-type]
             attention_mask=attention_mask,
             local_size=local_size,
@@ -106,7 +115,7 @@ def deferred_mask(
         return visible
 
     shape = (int(batch_size), 1, int(q_length), int(kv_length))
-    return DeferredMask(
+    return DeferredMask(  # pyright: ignore[reportCallIssue]  (a Tensor class with its own __new__)
         rule,
         shape,
         query_offset=offset,

@@ -122,7 +122,7 @@ class Session:
                 if self.pipeline["residual"] or self.pipeline["neurons"]:
                     self._handles += self._stream.register()
                 if self.methods:
-                    enter, leave = map(torch.compiler.disable, (self._entering, self._leaving))
+                    enter, leave = map(compat.untraced, (self._entering, self._leaving))
                     self._handles += [
                         self.model.register_forward_pre_hook(enter, with_kwargs=True),
                         self.model.register_forward_hook(leave),
@@ -246,7 +246,7 @@ class Session:
             if module is block.module:
                 self._running = block
 
-        return torch.compiler.disable(hook)
+        return compat.untraced(hook)
 
     def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is not self.model:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard._errors import AttachError
+from regard.attach import compat
 from regard.engine import State
 from regard.engine.method import reading
 
@@ -117,7 +118,7 @@ class StreamHooks:
                 return (changed, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": changed}
 
-        return torch.compiler.disable(hook)
+        return compat.untraced(hook)
 
     def _write(self, stack: Stack, block: BlockParts, part: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -129,7 +130,7 @@ class StreamHooks:
                 self._parts[part] = hidden if changed is None else changed
             return None if changed is None else _with_hidden(output, changed)
 
-        return torch.compiler.disable(hook)
+        return compat.untraced(hook)
 
     def _leave(self, stack: Stack, block: BlockParts) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -142,7 +143,7 @@ class StreamHooks:
             self._running = None
             return None if changed is None else _with_hidden(output, changed)
 
-        return torch.compiler.disable(hook)
+        return compat.untraced(hook)
 
     def _check(self, stack: Stack, hidden: Tensor) -> None:
         """Whether output = input + what the sub-layers wrote, on the first block that has both kinds."""
@@ -166,4 +167,4 @@ class StreamHooks:
             changed = self._show(stack, block, "neurons", args[0], module, "neurons")
             return None if changed is None else (changed, *args[1:])
 
-        return torch.compiler.disable(hook)
+        return compat.untraced(hook)

@@ -33,7 +33,7 @@ from regard.attach.session import dispatch
 from regard.engine import AttentionCall, DeferredMask, as_mask
 
 
-@torch.compiler.disable
+@compat.untraced
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -95,7 +95,7 @@ def attention(
     return dispatch(module, call).transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable
+@compat.untraced
 def eager_attention(
     module: nn.Module,
     query: Tensor,

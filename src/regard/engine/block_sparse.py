@@ -43,6 +43,11 @@ class BlockSparseMask:
                 raise ValueError(
                     f"query block {i} names key blocks {named.tolist()}, expected 0..{last}"
                 )
+            if self.causal and int(named.min()) * self.size > i * self.size + self.offset:
+                raise ValueError(
+                    f"query block {i} names only later key blocks {named.tolist()}, which a causal pattern hides; "
+                    "every query must see at least one key"
+                )
 
     def columns(self, block: int) -> Tensor:
         """The key slots of one query block, ascending."""
