@@ -70,10 +70,10 @@ def _row_blocks(call: AttentionCall, rows: Tensor | None) -> Iterator[Tensor]:
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """`[batch, groups, rows, m] @ [batch, groups, m, n]`, one product per KV head when there are few of them."""
+    """`[batch, groups, rows, m] @ [batch, groups, m, n]`, one product per KV head where they are few and large."""
     batch, groups, rows, _ = left.shape
     shape = (batch, groups, rows, right.shape[-1])
-    if out is None:
+    if out is None or rows < 32:
         return torch.matmul(left, right)
     if batch * groups > 8:
         torch.bmm(
@@ -175,12 +175,13 @@ def attend(
         used = block.weights
         if call.dropout:
             used = torch.nn.functional.dropout(used, call.dropout)
-        mixed = (
-            torch.matmul(used.view(shape), value[..., lo:hi, :])
-            if used.is_contiguous() or grad
-            else torch.matmul(used.reshape(shape), value[..., lo:hi, :])
-        )
-        mixed = mixed.view(batch, groups, group, count, -1)
+        width = value.shape[-1]
+        room = batch * heads * count * width
+        out = None
+        if not grad and used.dtype == query.dtype:
+            out = workspace.take("mixed", room, query)[:room].view(*shape[:-1], width)
+        mixed = _product(used.reshape(shape), value[..., lo:hi, :], out)
+        mixed = mixed.view(batch, groups, group, count, width)
         if output is None:
             pieces.append(mixed)
         else:
