@@ -195,7 +195,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         AttentionCall.make(q[:, :3], k, v)
     bare = object.__new__(AttentionCall)  # the annotations, checked in tests, would speak first
     bare.query, bare.key, bare.value = q, k[:, :, :5], v
-    with pytest.raises(ValueError, match=r"do not fit: got query \(2, 4, 40, 8\), key \(2, 2, 5, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"do not fit: got query \(2, 4, 40, 8\), key \(2, 2, 5, 8\)"
+    ):
         bare.__post_init__()
     with pytest.raises(ValueError, match="attention mask must be"):
         AttentionCall.make(q, k, v, mask=torch.ones(2, 40, 40))

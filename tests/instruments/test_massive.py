@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regard
+from regard import texts
 from regard._errors import InputError
 from regard.engine import State
 from regard.instruments.massive import CapMassive, dose_response, natural_sizes
@@ -138,3 +139,14 @@ def test_errors_say_what_to_do():
         dose_response(model, windows(2))
     with pytest.raises(InputError, match="fraction must be from 0 to 1, got 2"):
         CapMassive({}, {}, 2)
+
+
+@pytest.mark.model
+def test_smollm2_breaks_without_its_massive_activation_and_not_without_others():
+    model = regard.load("smollm2")
+    ids = model.tokenizer(texts.prose(2000), return_tensors="pt").input_ids[0, : 4 * 48].view(4, 48)
+    response = dose_response(model, ids, fractions=(1.0, 0.0), controls=3)
+    assert {d for table in response.natural.values() for d in table} >= {507}
+    assert abs(response[1.0].nll.mean) < 0.05 and response[0.0].nll.low > 1
+    assert response[0.0].sink.high < 0 < response[0.0].entropy.low
+    assert max(abs(effect) for effect in response.controls) < 0.2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import regard
@@ -157,3 +159,18 @@ def test_errors_say_what_to_do():
         ResidualPeaks(ratio=0)
     with pytest.raises(InputError, match="tokens must be a number of tokens >= 1"):
         ResidualPeaks(tokens=0)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 7), max_size=3, unique=True),
+    scale=st.floats(0.1, 1e4),
+    seed=st.integers(0, 99),
+)
+def test_any_split_into_batches_gives_the_same_records(cuts, scale, seed):
+    hidden = scale * torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(seed))
+    whole, parts = ResidualPeaks(), ResidualPeaks()
+    whole.residual(State("embed", 0, "", hidden))
+    for part in hidden.tensor_split(sorted(cuts)):
+        parts.residual(State("embed", 0, "", part))
+    a, b = whole.compute()[""], parts.compute()[""]
+    assert torch.equal(a.records, b.records) and a.massive == b.massive

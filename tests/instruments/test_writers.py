@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import regard
+from regard import texts
 from regard._errors import AttachError, InputError
 from regard.coordinates import Head, Neuron
 from regard.instruments.writers import Writers, matrix, writers
@@ -254,3 +255,16 @@ def test_errors_say_what_to_do():
         Writers(-1)
     with pytest.raises(InputError, match="dimension must be from 0 to 31, got 99"):
         follow(build("llama"), torch.randint(64, (1, 4))).compute(99)
+
+
+@pytest.mark.model
+def test_smollm2_has_one_writer_and_one_eraser():
+    model = regard.load("smollm2")
+    ids = model.tokenizer(texts.prose(600), return_tensors="pt").input_ids[:, :96]
+    found = writers(model, ids)
+    assert (found.token, found.dimension) == (0, 507) and found.peak > 10_000
+    first, second = found.writers(2)
+    assert {first.site, second.site} == {Neuron(11, 1229), Neuron(11, 1487)}
+    assert first.share + second.share > 0.95
+    assert found.erasers(1)[0].site == Neuron(28, 678) and found.erasers(1)[0].share < -0.3
+    assert found.writers(1, sublayers=True)[0].site == "L11.mlp"

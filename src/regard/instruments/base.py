@@ -12,8 +12,9 @@ So batches accumulate by themselves, two instruments merge exactly (`a.merge(b)`
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from regard.instruments.results import HeadMeasure, SiteKey, TokenMeasure
 
 if TYPE_CHECKING:
     import polars
+
+LATE = 128
+"""Decode steps that are put aside before they are reduced together."""
 
 REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "sum": lambda a, b: a + b,
@@ -51,7 +55,7 @@ class Instrument(Method):
         held = self.state[name]
         held[key] = value if key not in held else REDUCTIONS[self.states[name]](held[key], value)
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Instrument) -> Instrument:
         """Adds what `other` observed; the result is as if one instrument had seen both."""
         if type(other) is not type(self) or self.settings() != other.settings():
             raise InputError(
@@ -64,7 +68,7 @@ class Instrument(Method):
                 )
         return self
 
-    def gather(self) -> Self:
+    def gather(self) -> Instrument:
         """Merges the observations of all processes of the default torch.distributed group (no-op without one)."""
         dist = torch.distributed
         if not (dist.is_available() and dist.is_initialized()):
@@ -123,10 +127,12 @@ class Instrument(Method):
 
 
 class RowInstrument(Instrument):
-    """Averages of a number for each (head, query row): `self.add_rows("entropy", block, rows)`.
+    """Averages of a number for each (head, query row): `self.add_rows(block, entropy=rows)`.
 
-    Keeps, for each named quantity, the sum, the sum of squares and the number of valid rows; the standard error of a sampled
-    mean is `sqrt(var / n * (1 - n / N))` over the n rows seen of N (an upper bound for stratified sampling).
+    A sampled row stands for the `block.share` rows of its stratum, so sampled and exact calls add up. The standard error treats
+    the sampled slots of a call as a simple random sample without replacement; the sequences of a batch share their slots, so a
+    slot, not a row, is the unit. Strata only make the true error smaller. Where a few rows carry the mean (the sink share
+    of a short text), the error is right on average over draws, but one draw's band covers less than a normal one.
     """
 
     quantities: ClassVar[dict[str, tuple[str, str]]] = {}
@@ -140,13 +146,14 @@ class RowInstrument(Instrument):
                 **{
                     f"{name}.{part}": "sum"
                     for name in cls.quantities
-                    for part in ("sum", "square", "rows", "of")
+                    for part in ("sum", "rows", "square", "cross", "spread")
                 },
             }
 
     def __init__(self) -> None:
         super().__init__()
         self._pending: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._late: dict[SiteKey, dict[str, list[tuple[Tensor, Tensor | None]]]] = {}
         self._call: AttentionCall | None = None
         self._share = 1.0
 
@@ -162,56 +169,117 @@ class RowInstrument(Instrument):
             included = included.expand(block.weights.shape[0], -1)
             valid = included if valid is None else valid & included
         for name, values in rows.items():
+            if _shares_memory(values, block.weights) or _shares_memory(values, block.scores):
+                values = values.clone()  # the next block overwrites it
             self._pending.setdefault(name, []).append((values, valid))
 
     def after(self, call: AttentionCall) -> None:
         if self._call is not call:
             return
-        key = call.site.key
-        for name, parts in self._pending.items():
-            kept = [
-                v.double() if ok is None else torch.where(ok[:, None], v, 0).double()
-                for v, ok in parts
-            ]
-            rows = torch.cat(kept, -1) if len(kept) > 1 else kept[0]
-            count = sum(
+        key, done = call.site.key, self._pending
+        self._call, self._pending = None, {}
+        if call.phase == "prefill":
+            self._reduce(key, done, self._share)
+            return
+        late = self._late.setdefault(key, {})
+        for name, parts in done.items():
+            held = late.setdefault(name, [])
+            if held and held[0][0].shape[:2] != parts[0][0].shape[:2]:
+                self._reduce(key, {name: held}, 1.0)
+                late[name] = held = []
+            held += parts
+        if any(len(parts) >= LATE for parts in late.values()):
+            self._reduce(key, self._late.pop(key), 1.0)
+
+    def flush(self) -> None:
+        """Adds the decode steps that were put aside: single rows are reduced many at a time."""
+        while self._late:
+            self._reduce(*self._late.popitem(), 1.0)
+
+    def _reduce(
+        self, key: SiteKey, pending: dict[str, list[tuple[Tensor, Tensor | None]]], share: float
+    ) -> None:
+        for name, parts in pending.items():
+            kept = [v if ok is None else torch.where(ok[:, None], v, 0) for v, ok in parts]
+            slots = (torch.cat(kept, -1) if len(kept) > 1 else kept[0]).double().sum(0)
+            rows = sum(
                 float(v.shape[0] * v.shape[2]) if ok is None else float(ok.sum()) for v, ok in parts
             )
-            size = torch.tensor([count])
-            self.accumulate(f"{name}.sum", key, rows.sum((0, 2)))
-            self.accumulate(f"{name}.square", key, rows.square().sum((0, 2)))
-            self.accumulate(f"{name}.rows", key, size)
-            self.accumulate(f"{name}.of", key, size * self._share)
-        self._call, self._pending = None, {}
+            weight = torch.tensor([rows * share], dtype=torch.float64)
+            self.accumulate(f"{name}.sum", key, slots.sum(-1) * share)
+            self.accumulate(f"{name}.rows", key, weight)
+            if share > 1:
+                self._add_spread(name, key, slots, _counts(parts))
+
+    def _add_spread(self, name: str, key: SiteKey, slots: Tensor, counts: Tensor) -> None:
+        """Keeps what the variance of `sum over slots - mean x rows` needs; unknown (NaN) when one slot was sampled."""
+        number = slots.shape[-1]
+        scale = self._share * (self._share - 1) * number / (number - 1) if number > 1 else math.nan
+        slots, counts = slots - slots.mean(-1, keepdim=True), counts - counts.mean()
+        self.accumulate(f"{name}.square", key, scale * slots.square().sum(-1))
+        self.accumulate(f"{name}.cross", key, scale * (slots @ counts))
+        self.accumulate(f"{name}.spread", key, scale * counts.square().sum()[None])
 
     def stop(self) -> None:
         self._call, self._pending = None, {}
+        self.flush()
+
+    def reset(self) -> None:
+        super().reset()
+        self._late = {}
+
+    def merge(self, other: Instrument) -> Instrument:
+        self.flush()
+        if isinstance(other, RowInstrument):
+            other.flush()
+        return super().merge(other)
+
+    def gather(self) -> Instrument:
+        self.flush()
+        return super().gather()
 
     def mean(self, name: str) -> HeadMeasure:
         """The mean over rows of one quantity."""
+        self.flush()
         unit, definition = self.quantities[name]
         measure = HeadMeasure(name, unit, {}, {}, definition)
         for key, total in self.state[f"{name}.sum"].items():
-            n, of = float(self.state[f"{name}.rows"][key]), float(self.state[f"{name}.of"][key])
-            mean = total / n if n else torch.full_like(total, float("nan"))
+            rows = float(self.state[f"{name}.rows"][key])
+            mean = total / rows if rows else torch.full_like(total, float("nan"))
             measure.values[key] = mean.float()
-            if of > n > 1:
-                variance = (
-                    (self.state[f"{name}.square"][key] / n - mean.square()).clamp_min(0)
-                    * n
-                    / (n - 1)
+            if key in self.state[f"{name}.square"] and rows:
+                square, cross, spread = (
+                    self.state[f"{name}.{part}"][key] for part in ("square", "cross", "spread")
                 )
-                measure.error[key] = (variance / n * (1 - n / of)).sqrt().float()
+                variance = square - 2 * mean * cross + mean.square() * spread
+                measure.error[key] = (variance.clamp_min(0).sqrt() / rows).float()
         return measure
 
     def compute(self) -> dict[str, HeadMeasure]:
         return {name: self.mean(name) for name in self.quantities}
 
 
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _counts(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """`[slots]`: how many sequences of the batch count at each sampled slot."""
+    return torch.cat(
+        [
+            v.new_full((v.shape[2],), v.shape[0], dtype=torch.float64)
+            if ok is None
+            else ok.sum(0).double()
+            for v, ok in parts
+        ]
+    )
+
+
 class SeriesInstrument(Instrument):
     """Keeps numbers for each (head, token), one `[batch, heads, tokens]` for every sequence: O(tokens) memory.
 
-    A call whose query 0 is the first token opens a new sequence; decoding extends the open one.
+    A call whose query 0 is the first token opens a new sequence; decoding extends the open one. Beam search, which reorders the
+    rows of a batch between steps, is not followed.
     """
 
     def __init__(self) -> None:
@@ -221,23 +289,38 @@ class SeriesInstrument(Instrument):
     def series(
         self, name: str, block: Block, tokens: int, fill: float = 0.0, heads: int | None = None
     ) -> Tensor:
-        """The open tensor of state `name`, `[batch, heads, tokens or more]`, ready to write into."""
+        """The open tensor of state `name`, `[batch, heads, tokens or more]`, ready to write into.
+
+        Slots count from the first token: see `slots_before`.
+        """
         call, key = block.call, block.site.key
         sequences = self.state[name].setdefault(key, [])
         if self._open.get((name, key)) is not call:
             self._open[name, key] = call
             shape = (call.query.shape[0], heads or call.heads)
-            if call.query_offset == 0 or not sequences or sequences[-1].shape[:2] != shape:
+            begins = call.query_offset + slots_before(call) == 0
+            if begins or not sequences or sequences[-1].shape[:2] != shape:
                 dtype = block.weights.dtype
                 sequences.append(
                     torch.full((*shape, tokens), fill, dtype=dtype, device=block.rows.device)
                 )
         held = sequences[-1]
-        if held.shape[-1] < tokens:
-            grown = held.new_full((*held.shape[:2], tokens), fill)
+        if held.shape[-1] < tokens or (
+            held.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            grown = torch.full(
+                (*held.shape[:2], max(tokens, held.shape[-1])),
+                fill,
+                dtype=held.dtype,
+                device=held.device,
+            )
             grown[..., : held.shape[-1]] = held
             sequences[-1] = held = grown
         return held
+
+    def after(self, call: AttentionCall) -> None:
+        # a finished call is let go: it holds the layer's queries, keys and values
+        self._open = {place: held for place, held in self._open.items() if held is not call}
 
     def reset(self) -> None:
         super().reset()
@@ -245,6 +328,82 @@ class SeriesInstrument(Instrument):
 
     def stop(self) -> None:
         self._open.clear()
+
+    def tokens(self) -> TokenMeasure:
+        """The number for each head and token."""
+        return self.compute()
+
+    def to_frame(self) -> polars.DataFrame:
+        """Every observed sequence: columns `stack, layer, head, sequence, row, position, measure, value`.
+
+        `sequence` numbers the batches in the order observed, `row` the sequences inside one (needs the `frames` extra).
+        """
+        import polars
+
+        measure, frames = self.tokens(), []
+        for (stack, layer), sequences in measure.values.items():
+            for number, values in enumerate(sequences):
+                grid = [torch.arange(size) for size in values.shape]
+                row, head, position = (
+                    axis.flatten().numpy() for axis in torch.meshgrid(*grid, indexing="ij")
+                )
+                frames.append(
+                    polars.DataFrame({"head": head, "row": row, "position": position}).select(
+                        polars.lit(stack).alias("stack"),
+                        polars.lit(layer).alias("layer"),
+                        "head",
+                        polars.lit(number).alias("sequence"),
+                        "row",
+                        "position",
+                        polars.lit(measure.name).alias("measure"),
+                        polars.Series("value", values.detach().flatten().float().cpu().numpy()),
+                    )
+                )
+        if not frames:
+            raise InputError(f"{type(self).__name__} has not observed anything yet")
+        return polars.concat(frames)
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        heads: list[Any] | None = None,
+        stack: str = "",
+        sequence: int = -1,
+        batch: int = 0,
+    ) -> Any:
+        """The number along the text, one line for each of `heads` ("L5H3"), else mean and middle 80 % of all heads.
+
+        Returns matplotlib Axes (needs the `plot` extra).
+        """
+        import matplotlib.pyplot as plt
+
+        from regard.coordinates import Head
+
+        measure = self.tokens()
+        table = measure.tensor(stack, sequence, batch)
+        if ax is None:
+            _, ax = plt.subplots(figsize=(9, 3), layout="constrained")
+        if heads:
+            for name in heads:
+                head = Head.parse(name) if isinstance(name, str) else name
+                ax.plot(table[head.layer, head.head].numpy(), linewidth=1, label=str(head))
+            ax.legend(frameon=False)
+        else:
+            flat = table.flatten(0, 1)
+            low, high = flat.nanquantile(torch.tensor([0.1, 0.9]), 0)
+            ax.fill_between(
+                range(flat.shape[1]), low, high, alpha=0.2, label="middle 80 % of heads"
+            )
+            ax.plot(flat.nanmean(0).numpy(), linewidth=1, label="mean over heads")
+            ax.legend(frameon=False)
+        ax.set(xlabel="token", ylabel=measure.unit, title=measure.name)
+        return ax
+
+
+def slots_before(call: AttentionCall) -> int:
+    """Tokens that have left the cache before the call's first key slot (a sliding window's cache while decoding)."""
+    return int(getattr(call.mask, "key_offset", 0)) if call.site.kind == "self" else 0
 
 
 __all__ = [
@@ -254,4 +413,5 @@ __all__ = [
     "SeriesInstrument",
     "SiteKey",
     "TokenMeasure",
+    "slots_before",
 ]

@@ -13,13 +13,13 @@ import torch
 
 from regard._errors import InputError
 from regard.engine import Block
-from regard.instruments.base import RowInstrument, SeriesInstrument, TokenMeasure
+from regard.instruments.base import RowInstrument, SeriesInstrument, TokenMeasure, slots_before
 
 
 class Distance(RowInstrument):
     """Mean attention distance in tokens for each head (absolute distance where attention is not causal).
 
-    Cost: one matrix-vector pass for causal attention, two passes otherwise; memory O(heads).
+    Cost: one matrix-vector pass for causal attention, two passes otherwise; memory O(heads). Cross-attention has no distance.
 
     >>> import torch
     >>> from regard.engine import AttentionCall, Pipeline, attend
@@ -34,12 +34,15 @@ class Distance(RowInstrument):
     def weights(self, block: Block) -> None:
         if block.site.kind == "cross":
             return
-        position = block.positions.to(block.weights.dtype)
-        if block.site.causal or block.call.phase == "decode":
-            distance = position * block.mass - block.mean_key
+        dtype, start = block.weights.dtype, int(block.positions[0])
+        position = (block.positions - start).to(
+            dtype
+        )  # counted from the block: no large numbers cancel
+        slots = torch.arange(-start, block.call.keys - start, device=position.device, dtype=dtype)
+        if block.site.causal:
+            distance = position * block.mass - block.expect(slots)
         else:
-            keys = torch.arange(block.window.lo, block.window.hi, device=position.device)
-            apart = (position[:, None] - keys[None, :]).abs()
+            apart = (position[:, None] - slots[None, block.keys]).abs()
             distance = torch.einsum("bhqk,qk->bhq", block.weights, apart)
         self.add_rows(block, distance=distance)
 
@@ -47,7 +50,15 @@ class Distance(RowInstrument):
 class WAAD(SeriesInstrument):
     """Windowed average attention distance of every head at every token, `[heads, tokens]` for each sequence.
 
-    Cost: reads `window` numbers for each row; memory O(heads x tokens). Defined for causal self-attention.
+    Cost: reads `window` numbers for each row; memory O(heads x tokens). Defined for causal self-attention; other sites are left
+    out, and padding and rows that were not sampled are NaN.
+
+    >>> import torch
+    >>> from regard.engine import AttentionCall, Pipeline, attend
+    >>> waad, zeros = WAAD(window=2), torch.zeros(1, 1, 4, 8)
+    >>> _ = attend(AttentionCall.make(zeros, zeros, zeros), Pipeline([waad]))  # uniform rows
+    >>> waad.compute().tensor()[0, 0]  # 0, 1/2, (1 + 2)/3, (1 + 2 + 2)/4
+    tensor([0.0000, 0.5000, 1.0000, 1.2500])
     """
 
     states = {"waad": "list"}
@@ -63,12 +74,12 @@ class WAAD(SeriesInstrument):
             return
         near = torch.arange(self.window, 0, -1, device=block.rows.device, dtype=block.weights.dtype)
         waad = self.window * block.mass - block.diagonals(self.window) @ near
-        last = int(block.positions[-1]) + 1
-        total = block.call.queries + block.call.query_offset
-        held = self.series("waad", block, max(last, total), fill=float("nan"))
+        before = slots_before(block.call)
+        total = block.call.queries + block.call.query_offset + before
+        held = self.series("waad", block, total, fill=float("nan"))
         if block.valid is not None:
             waad = waad.masked_fill(~block.valid[:, None], float("nan"))
-        held[..., block.positions] = waad
+        held[..., block.positions + before] = waad
 
     def compute(self) -> TokenMeasure:
         return TokenMeasure(

@@ -4,7 +4,8 @@ H_t = -sum_s A[t,s] ln A[t,s] in nats. The normalised form divides by the larges
 number of keys that query t may see; rows that see one key have no normalised entropy and are left out. exp(H_t) is the
 effective number of keys.
 
-The engine gets H from quantities that the softmax has already made: ln Z - E_A[score] (see `Block.entropy`).
+The engine gets H from quantities that the softmax has already made: ln Z - E_A[score] (see `Block.entropy`). A learned sink
+(GPT-OSS) counts as one more key.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Entropy(RowInstrument):
 
     def weights(self, block: Block) -> None:
         entropy, counts = block.entropy, block.counts
+        if block.call.sinks is not None:
+            counts = counts + 1
         normalised = entropy / counts.clamp_min(2).log()[:, None]
         self.add_rows(block, entropy=entropy, **{"effective keys": entropy.exp()})
         self.add_rows(block, counts > 1, **{"normalised entropy": normalised})

@@ -2,7 +2,8 @@
 
 FAI_s = mean over t in T(s) of A[t,s],  T(s) = {t : s + lo <= t <= s + hi}
 (Attention Illuminates LLM Reasoning, arXiv 2510.13554: lo = 10; hi = 100 for training, the end of the text for analysis).
-Where T(s) is empty (the last `lo` tokens) FAI is 0.
+Where T(s) is empty (the last `lo` tokens) FAI is 0. Queries that cannot see the key (another packed document, beyond a sliding
+window, padding) are not in T(s).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from regard._errors import InputError
-from regard.engine import Block
-from regard.instruments.base import SeriesInstrument, TokenMeasure
+from regard.engine import Block, CausalMask
+from regard.instruments.base import SeriesInstrument, TokenMeasure, slots_before
 
 
 class FutureInfluence(SeriesInstrument):
@@ -21,9 +22,17 @@ class FutureInfluence(SeriesInstrument):
     Args:
         lo: nearest later query that counts, in tokens after the key.
         hi: farthest one; None for the end of the sequence.
-        from_query: first query that counts (the first token of a response).
+        from_query: first query slot that counts (where a response starts).
 
-    Cost: one column sum of each block (shared with the sink instruments) and a band of `lo` columns; memory O(heads x tokens).
+    Cost: one column sum of each block (shared with the sink instruments) and a band of `lo` columns; with `hi`, a band of
+    `hi` columns instead. Memory O(heads x tokens).
+
+    >>> import torch
+    >>> from regard.engine import AttentionCall, Pipeline, attend
+    >>> fai, zeros = FutureInfluence(lo=2), torch.zeros(1, 1, 4, 8)
+    >>> _ = attend(AttentionCall.make(zeros, zeros, zeros), Pipeline([fai]))  # uniform rows
+    >>> fai.compute().tensor()[0, 0]  # (1/3 + 1/4) / 2, 1/4, none, none
+    tensor([0.2917, 0.2500, 0.0000, 0.0000])
     """
 
     states = {"sum": "list", "queries": "list"}
@@ -39,39 +48,48 @@ class FutureInfluence(SeriesInstrument):
     def weights(self, block: Block) -> None:
         if block.site.kind == "cross" or not block.site.causal:
             return
-        tokens = block.call.queries + block.call.query_offset
-        sums = self.series("sum", block, max(tokens, block.window.hi))
-        counts = self.series("queries", block, max(tokens, block.window.hi), heads=1)
+        before = slots_before(block.call)
+        tokens = max(block.call.queries + block.call.query_offset, block.window.hi) + before
+        sums = self.series("sum", block, tokens)
+        counts = self.series("queries", block, tokens, heads=1)
         first, last = int(block.positions[0]), int(block.positions[-1])
-        low, high = block.window.lo, min(block.window.hi, last - self.lo + 1)
-        if high <= low or last < self.from_query:
+        start, low = self.from_query - before, block.window.lo
+        high = min(block.window.hi, last - self.lo + 1)
+        if high <= low or last < start:
             return
-        whole = low
-        if self.hi is None and first >= self.from_query:
-            whole = max(low, min(high, first - self.lo + 1))
-            sums[..., low:whole] += block.received()[..., : whole - low] * block.share
-            counts[..., low:whole] += self._rows(block)[:, None, None] * block.share
-        if self.hi is not None:
-            whole = max(low, first - self.hi)
-        keys = torch.arange(whole, high, device=block.rows.device)
+        band = low  # keys low..band count for every row of the block, band..high for some
+        if self.hi is None and first >= start:
+            band = max(low, min(high, first - self.lo + 1))
+            into = slice(low + before, band + before)
+            sums[..., into] += block.received()[..., : band - low] * block.share
+            counts[..., into] += self._rows(block, band)[:, None] * block.share
+        elif self.hi is not None:
+            band = max(low, first - self.hi)
+        if band >= high:
+            return
+        keys = torch.arange(band, high, device=block.rows.device)
         apart = block.positions[:, None] - keys[None, :]
-        band = (apart >= self.lo) & (block.positions >= self.from_query)[:, None]
+        pairs = ((apart >= self.lo) & (block.positions >= start)[:, None])[None]
         if self.hi is not None:
-            band &= apart <= self.hi
-        weights = block.weights[..., whole - low : high - low] * band
+            pairs = pairs & (apart <= self.hi)
+        if block.visible is not None and not isinstance(block.call.mask, CausalMask):
+            pairs = pairs & block.visible[..., band - low : high - low].any(1)
         if block.valid is not None:
-            weights = weights * block.valid[:, None, :, None]
-        sums[..., whole:high] += weights.sum(-2) * block.share
-        rows = band.to(weights.dtype)[None]
-        if block.valid is not None:
-            rows = rows * block.valid[..., None]
-        counts[..., whole:high] += rows.sum(1, keepdim=True) * block.share
+            pairs = pairs & block.valid[:, :, None]
+        pairs = pairs.to(block.weights.dtype)
+        into = slice(band + before, high + before)
+        weights = block.weights[..., band - low : high - low]
+        sums[..., into] += (
+            torch.einsum("bhqk,bqk->bhk", weights, pairs.expand(len(weights), -1, -1)) * block.share
+        )
+        counts[..., into] += pairs.sum(1, keepdim=True) * block.share
 
     @staticmethod
-    def _rows(block: Block) -> Tensor:
-        if block.valid is None:
-            return torch.full((1,), float(len(block.rows)), device=block.rows.device)
-        return block.valid.sum(-1).to(block.weights.dtype)
+    def _rows(block: Block, band: int) -> Tensor:
+        """How many rows of the block see each of the keys up to `band`, `[batch|1, 1|keys]`."""
+        if band <= block.window.edge and block.valid is None:
+            return torch.full((1, 1), float(len(block.rows)), device=block.rows.device)
+        return block.seen()[:, : band - block.window.lo]
 
     def compute(self) -> TokenMeasure:
         values = {}

@@ -26,15 +26,24 @@ class PatternProfile(RowInstrument):
         width: how many diagonals are kept in the distance profile.
 
     Cost: reads `width` numbers for each row; memory O(heads x width).
+
+    >>> import torch
+    >>> from regard.engine import AttentionCall, Pipeline, attend
+    >>> profile, zeros = PatternProfile(window=1, width=4), torch.zeros(1, 1, 4, 8)
+    >>> _ = attend(AttentionCall.make(zeros, zeros, zeros), Pipeline([profile]))  # uniform rows
+    >>> {name: round(measure["L0H0"], 3) for name, measure in profile.compute().items()}
+    {'sink share': 0.271, 'local share': 0.521, 'global share': 0.208, 'uniformity': 1.0, 'reach': 1.0}
+    >>> profile.bands()["", 0][0, 1]  # weight on the previous key: (0 + 1/2 + 1/3 + 1/4) / 4
+    tensor(0.2708)
     """
 
-    states = {"bands": "sum", "band rows": "sum"}
+    states = {"bands": "sum", "sink bands": "sum", "band rows": "sum"}
     quantities = {
         "sink share": (
             "share",
             "attention on the first visible key, when it is outside the local window",
         ),
-        "local share": ("share", "attention on the last 16 keys, the query's own included"),
+        "local share": ("share", "attention on the last `window` keys, the query's own included"),
         "global share": ("share", "attention on every other key"),
         "uniformity": (
             "share",
@@ -56,40 +65,54 @@ class PatternProfile(RowInstrument):
         diagonals = block.diagonals(self.width)
         local = diagonals[..., : self.window].sum(-1)
         first = block.first_key
-        outside = (block.positions[None, :] - first >= self.window)[:, None]
+        away = block.positions[None, :] - first  # tokens back to the sink, `[batch|1, rows]`
+        outside = (away >= self.window)[:, None]
         if first.shape[0] == 1 and bool((first == block.window.lo).all()):
             sink = block.weights[..., 0]
         else:
             index = (first - block.window.lo)[:, None, :, None].expand(*block.weights.shape[:3], 1)
             sink = block.weights.gather(-1, index)[..., 0]
         sink = sink * outside
+        counts = block.counts if block.call.sinks is None else block.counts + 1
         self.add_rows(
             block,
             **{
                 "sink share": sink,
                 "local share": local,
                 "global share": (block.mass - local - sink).clamp_min(0),
-                "uniformity": block.entropy.exp() / block.counts[:, None],
+                "uniformity": block.entropy.exp() / counts[:, None],
             },
         )
         rows = diagonals if block.valid is None else diagonals * block.valid[:, None, :, None]
         key = block.site.key
         self.accumulate("bands", key, rows.sum((0, 2)) * block.share)
+        if int(away.min()) < self.width:
+            inside = sink if block.valid is None else sink * block.valid[:, None]
+            at = away.clamp(0, self.width)[:, None].expand(inside.shape)
+            sinks = inside.new_zeros(*inside.shape[:2], self.width + 1).scatter_add_(-1, at, inside)
+            self.accumulate("sink bands", key, sinks[..., : self.width].sum(0) * block.share)
         valid = len(block.rows) * rows.shape[0] if block.valid is None else float(block.valid.sum())
-        self.accumulate("band rows", key, torch.tensor([valid * block.share]))
+        rows_stood_for = torch.tensor([valid * block.share], dtype=torch.float64)
+        self.accumulate("band rows", key, rows_stood_for)
 
     def bands(self) -> dict[tuple[str, int], Tensor]:
         """`[heads, width]` for each site: mean attention on the key j tokens back, j = 0 .. width - 1."""
         return {
-            key: total / self.state["band rows"][key] for key, total in self.state["bands"].items()
+            key: total / float(self.state["band rows"][key])
+            for key, total in self.state["bands"].items()
         }
 
     def compute(self) -> dict[str, HeadMeasure]:
         found = super().compute()
         reach: dict[tuple[str, int], Tensor] = {}
         for key, bands in self.bands().items():
-            cumulative = bands.double().cumsum(-1)
-            wanted = 0.9 * (1 - found["sink share"].values[key].double())[:, None]
+            if key not in found["local share"].values:  # a call that was interrupted
+                continue
+            sinks = self.state["sink bands"].get(key, torch.zeros_like(bands))
+            sinks = sinks / float(self.state["band rows"][key])
+            cumulative = (bands.double() - sinks).cumsum(-1)
+            beyond = found["local share"].values[key] + found["global share"].values[key]
+            wanted = 0.9 * beyond.double()[:, None]
             inside = cumulative >= wanted
             radius = torch.where(inside.any(-1), inside.to(torch.uint8).argmax(-1), self.width)
             reach[key] = radius.float()

@@ -20,6 +20,7 @@ from regard.instruments.base import (
     SeriesInstrument,
     SiteKey,
     TokenMeasure,
+    slots_before,
 )
 
 
@@ -74,36 +75,35 @@ class SinkResult:
 
     importance: TokenMeasure
     eps: float
-    starts: list[Tensor]
+    starts: dict[SiteKey, list[Tensor]]
+
+    def _at(self, key: SiteKey, k: int) -> list[Tensor]:
+        """a_k of one site, `[batch, heads]` for each batch of sequences; k counts from the first real token."""
+        found = []
+        for start, values in zip(self.starts[key], self.importance.values[key], strict=True):
+            if k < 0 or int(start.max()) + k >= values.shape[-1]:
+                raise InputError.of("k", given=k, expected=f"a position below {values.shape[-1]}")
+            index = (start + k).view(-1, 1, 1).expand(*values.shape[:2], 1)
+            found.append(values.gather(-1, index)[..., 0])
+        return found
 
     def rate(self, k: int = 0, stack: str = "", eps: float | None = None) -> float:
         """Sink_k^eps in percent: share of (head, sequence) pairs with a_k > eps; k counts from the first real token."""
         eps = self.eps if eps is None else eps
         hits, total = 0.0, 0
-        for (name, _), sequences in self.importance.values.items():
-            if name != stack:
-                continue
-            for start, values in zip(self.starts, sequences, strict=True):
-                index = (start + k).view(-1, 1, 1).expand(values.shape[0], values.shape[1], 1)
-                if int(index.max()) >= values.shape[-1]:
-                    raise InputError.of(
-                        "k", given=k, expected=f"a position below {values.shape[-1]}"
-                    )
-                hits += float((values.gather(-1, index.to(values.device)) > eps).sum())
-                total += values.shape[0] * values.shape[1]
+        for key in self.importance.values:
+            if key[0] == stack:
+                for values in self._at(key, k):
+                    known = ~values.isnan()
+                    hits += float((values[known] > eps).sum())
+                    total += int(known.sum())
         if not total:
             raise InputError(f"nothing was observed in stack {stack!r}")
         return 100 * hits / total
 
     def heads(self, k: int = 0) -> HeadMeasure:
         """a_k of every head, averaged over sequences."""
-        table: dict[SiteKey, Tensor] = {}
-        for key, sequences in self.importance.values.items():
-            rows = []
-            for start, values in zip(self.starts, sequences, strict=True):
-                index = (start + k).view(-1, 1, 1).expand(values.shape[0], values.shape[1], 1)
-                rows.append(values.gather(-1, index.to(values.device))[..., 0])
-            table[key] = torch.cat(rows).mean(0)
+        table = {key: torch.cat(self._at(key, k)).nanmean(0) for key in self.importance.values}
         return HeadMeasure(
             "token importance", "share", table, {}, f"column mean a_{k + 1} of key {k}"
         )
@@ -111,9 +111,10 @@ class SinkResult:
     def sinks(
         self, stack: str = "", eps: float | None = None, least: float = 0.01, tail: int = 8
     ) -> list[Sink]:
-        """Every position of the last sequence that is a sink for at least a share `least` of the heads, strongest first.
+        """Every position that is a sink for at least a share `least` of the heads, strongest first.
 
-        All but the first are secondary sinks. The last `tail` positions are left out: few queries see them.
+        Read from the first sequence of the last batch; padding counts as positions. All but the first are secondary sinks. The
+        last `tail` positions are left out: few queries see them.
         """
         eps = self.eps if eps is None else eps
         table = self.importance.tensor(stack)
@@ -149,24 +150,30 @@ class Sinks(SeriesInstrument):
         self.eps = eps
 
     def weights(self, block: Block) -> None:
-        received = self.series("received", block, block.call.keys)
-        seen = self.series("seen", block, block.call.keys, heads=1)
-        received[..., block.keys] += block.received() * block.share
-        seen[..., block.keys] += block.seen()[:, None] * block.share
+        before = slots_before(block.call)
+        keys = slice(block.keys.start + before, block.keys.stop + before)
+        received = self.series("received", block, block.call.keys + before)
+        seen = self.series("seen", block, block.call.keys + before, heads=1)
+        received[..., keys] += block.received() * block.share
+        seen[..., keys] += block.seen()[:, None] * block.share
 
     def compute(self) -> SinkResult:
-        values, starts = {}, []
+        values, starts = {}, {}
         for key, sums in self.state["received"].items():
             seen = self.state["seen"][key]
             values[key] = [
                 torch.where(n > 0, s / n.clamp_min(1e-9), float("nan"))
                 for s, n in zip(sums, seen, strict=True)
             ]
-            starts = [(n[:, 0] > 0).to(torch.uint8).argmax(-1) for n in seen]
+            starts[key] = [(n[:, 0] > 0).to(torch.uint8).argmax(-1) for n in seen]
         measure = TokenMeasure(
             "importance", "share", values, "mean attention on the key over the queries that see it"
         )
         return SinkResult(measure, self.eps, starts)
+
+    def tokens(self) -> TokenMeasure:
+        """Token importance, the number that `to_frame` and `plot` show."""
+        return self.compute().importance
 
     def mass(self) -> TokenMeasure:
         """Total attention each token received (in queries: a token that every query fully attends to has T)."""
