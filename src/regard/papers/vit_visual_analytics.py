@@ -27,7 +27,8 @@ PAPER = Paper(
     claims=[
         Claim(
             "planted",
-            "The analysis recovers heads set by hand: names, hop profile, content dependence, no importance for a silent head",
+            "The analysis recovers heads set by hand: names, hop profile, content dependence, "
+            "and no importance for a silent head",
             setting="not in the paper: a check of the instrument",
             expect="all names, S_1 and S_0 > 0.99, content dependence < 0.01 and > 0.5, importance < 1e-6",
         ),
