@@ -332,6 +332,20 @@ def test_undeflated_numbers_read_the_same(visit: Open, page_file: Path, tmp_path
     assert text == visit(page_file, "#L17H3").inner_text("#card")
 
 
+def test_an_image_is_shown_as_its_patches(visit: Open, tmp_path: Path) -> None:
+    report = make_report(50, layers=3, heads=2)
+    sequence = report.stacks[0].sequence
+    assert sequence is not None
+    sequence.tokens, sequence.grid = [], (5, 10)
+    page = visit(write_page(report, tmp_path / "report.html"))
+    boxes = page.eval_on_selector_all(
+        "#text .t", "all => all.map(one => Math.round(one.getBoundingClientRect().top))"
+    )
+    assert len(boxes) == 50 and len(set(boxes)) == 5
+    page.hover("#text .t >> nth=12")
+    assert "position 12" in page.inner_text("#tip")
+
+
 def test_downloads_hold_the_numbers(visit: Open, page_file: Path) -> None:
     import json
 

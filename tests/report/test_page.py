@@ -147,6 +147,9 @@ def test_parts_that_were_not_measured_are_left_out() -> None:
     assert not outline.faults and not outline.open
     assert "atlas" in outline.ids and "appendix" in outline.ids
     assert not {"text", "rhythm", "skyline", "budget", "dormant", "causal"} & set(outline.ids)
+    found = Outline(render(ReportData(report.header, report.findings, [bare])))
+    links = {v for tag, name, v in found.attributes if (tag, name) == ("a", "href")}
+    assert "#atlas" in links and "#skyline" not in links
     with pytest.raises(InputError, match="at least one stack"):
         render(ReportData(report.header, [], []))
 

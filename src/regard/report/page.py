@@ -22,7 +22,7 @@ from regard.report.markup import escape
 from regard.report.panels import budget, rhythm, skyline, text_strip
 from regard.report.payload import TARGET, packed_script, payload
 from regard.report.schema import ReportData
-from regard.report.sections import NAVIGATION, appendix, causal, findings, head_atlas, hero
+from regard.report.sections import NAVIGATION, PANELS, appendix, causal, findings, head_atlas, hero
 
 HARD_CAP = 2_000_000
 """A page never grows beyond this many bytes; `render` refuses instead."""
@@ -48,7 +48,9 @@ def render(data: ReportData, compress: bool = True) -> str:
     panels = "".join(
         panel(stack, index) for index, stack in enumerate(data.stacks) for panel in _ORDER
     )
-    body = hero(data) + findings(data) + panels + causal(data.interventions) + appendix(data)
+    panels += causal(data.interventions) + appendix(data)
+    here = [key for key in PANELS if f'<section id="{key}"' in panels]
+    body = hero(data) + findings(data, here) + panels
     values, block = payload(data, TARGET - len((body + style + script).encode()))
     title = data.header.model.rstrip("/").rpartition("/")[2]
     page = (

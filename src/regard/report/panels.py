@@ -283,12 +283,16 @@ def static_tokens(sequence: Sequence) -> str:
     sinks, anchors, peaks = set(sequence.sinks), set(sequence.anchors), set(sequence.peaks)
     tokens = sequence.tokens or [str(i) for i in range(len(values))]
     spans = []
-    for i, token in enumerate(tokens[:STATIC_TOKENS]):
+    shown = STATIC_TOKENS if sequence.grid is None else len(tokens)
+    for i, token in enumerate(tokens[:shown]):
         mark = " sink" if i in sinks else " anchor" if i in anchors else ""
         mark += " peak" if i in peaks else ""
         level = round(position(float(values[i]), low, high, "log") * 10)
-        shown = escape(token.replace("\n", "↵\n") if sequence.tokens else f" {token}")
-        spans.append(f'<span class="t s{level}{mark}">{shown}</span>')
+        word = escape(token.replace("\n", "↵\n") if sequence.tokens else f" {token}")
+        spans.append(f'<span class="t s{level}{mark}">{word}</span>')
+    if sequence.grid is not None:
+        columns = f"grid-template-columns:repeat({int(sequence.grid[1])},1fr)"
+        return f'<div class="patch-grid" style="{columns}">{"".join(spans)}</div>'
     if len(tokens) > STATIC_TOKENS:
         rest = number(len(tokens) - STATIC_TOKENS)
         spans.append(f'<span class="more"> … {rest} more tokens</span>')

@@ -48,7 +48,11 @@ LADDER = (
     Detail(12, 64, 4, 1.3),
     Detail(20, 32, 4, 1.0),
     Detail(12, 16, 4, 1.0),
+    Detail(12, 16, 0, 1.0),  # no shading by layer: texts beyond about a hundred thousand tokens
 )
+
+LEAST = 0.05
+"""Fewer base64 bytes a map cell than this has never been seen; steps that cannot fit are not tried."""
 
 KEPT_BINS = 360
 """Columns of the kept-positions strip; about one a pixel on a wide screen."""
@@ -122,7 +126,10 @@ def payload(data: ReportData, room: int = TARGET) -> tuple[str, bytes]:
     when none fits.
     """
     found = ("", b"")
+    heads = sum(card.map is not None for stack in data.stacks for card in stack.cards)
     for detail in LADDER:
+        if LEAST * heads * detail.map_blocks**2 > room and detail is not LADDER[-1]:
+            continue
         found = _payload(data, detail)
         packed = len(zlib.compress(found[0].encode(), 6)) + len(zlib.compress(found[1], 6))
         if packed * 4 / 3 <= room:
@@ -187,7 +194,7 @@ def _sequence(sequence: Sequence, block: Bytes, detail: Detail) -> dict[str, Any
         shade = series_range(np.asarray(values, dtype=float), scale)
         series[key] = {"name": name, "unit": unit, "shade": [short(v) for v in shade], **packed}
     layers = None
-    if sequence.received_by_layer is not None:
+    if sequence.received_by_layer is not None and detail.layer_steps:
         by_layer = np.asarray(sequence.received_by_layer, dtype=float)
         layers = block.quantise(
             by_layer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 import numpy as np
 
@@ -139,18 +140,18 @@ def figures_bold(sentence: str) -> str:
     )
 
 
-def findings(data: ReportData) -> str:
-    """The first screen's sentences, each with its proof."""
+def findings(data: ReportData, panels: Container[str] = PANELS) -> str:
+    """The first screen's sentences, each with its proof; links go to `panels` that are on the page."""
     if not data.findings:
         return ""
-    items = "".join(_finding(f, data.stacks[0]) for f in data.findings)
+    items = "".join(_finding(f, panels) for f in data.findings)
     return (
         '<section id="findings" class="findings"><h2 class="only-heard">Findings</h2>'
         f"{items}</section>"
     )
 
 
-def _finding(finding: Finding, stack: Stack) -> str:
+def _finding(finding: Finding, panels: Container[str]) -> str:
     actions = []
     if finding.heads:
         count = len(finding.heads)
@@ -159,7 +160,7 @@ def _finding(finding: Finding, stack: Stack) -> str:
             f'<button type="button" class="show" data-heads="{escape(" ".join(finding.heads))}" '
             f'data-measure="{escape(finding.measure or "")}">Show {what}</button>'
         )
-    if finding.panel in PANELS:
+    if finding.panel in PANELS and finding.panel in panels:
         actions.append(f'<a href="#{finding.panel}">{escape(PANELS[finding.panel])}</a>')
     right = proof_block(finding.proof) if finding.proof else ""
     return (

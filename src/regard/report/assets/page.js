@@ -665,6 +665,7 @@ class Text {
       this.drawMatrix?.();
     });
     this.slider = slider?.parentNode;
+    if (this.slider && !sequence.layers) this.slider.hidden = true;
     this.box.addEventListener("pointerover", (event) => this.hover(event));
     this.box.addEventListener("pointermove", (event) => this.hover(event));
     this.box.addEventListener("pointerleave", hideTip);
@@ -721,6 +722,15 @@ class Text {
   }
 
   chunks() {
+    const { grid } = this.sequence;
+    if (grid) {
+      const part = make("div", { class: "patch-grid" });
+      part.style.gridTemplateColumns = "repeat(" + grid[1] + ",1fr)";
+      this.parts = [Object.assign(part, { from: 0, to: this.words.length, built: false })];
+      this.box.replaceChildren(part);
+      this.build(part);
+      return;
+    }
     const ends = [];
     let start = 0;
     while (start < this.words.length) {
