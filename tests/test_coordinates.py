@@ -101,3 +101,10 @@ def test_neurons_and_dimensions_expand_like_heads():
         dimensions("resid.1.d64", grid=(2, 64))
     with pytest.raises(ValueError, match="names no place in a model; write L5H3"):
         parse("attn.5")
+
+
+def test_results_can_be_passed_on_with_their_scores() -> None:
+    from regard.coordinates import Head, heads
+
+    listed = [(Head(1, 2), 0.9), (Head(0, 3), 0.4)]
+    assert heads(listed, grid=(2, 4)) == (Head(1, 2), Head(0, 3))

@@ -36,7 +36,7 @@ Examples
   regard papers sink                        papers about attention sinks
   regard reproduce retrieval-head --quick   try one paper's experiment
 
-MODEL is smollm2 (fetched once, 85 MB), a directory, a .gguf file or a
+MODEL is smollm2 (fetched once, 93 MB), a directory, a .gguf file or a
 Hugging Face id. Every command explains itself: regard report --help
 """
 
@@ -211,7 +211,9 @@ def report(
         options["tokens"] = tokens
     if quick:
         options["quick"] = True
-    write_report(model, words, **options)
+    found = write_report(model, words, **options)
+    Screen().print(found)
+    Screen().print(f"written to {out}, with the data beside it", style="dim", soft_wrap=True)
 
 
 @app.command(rich_help_panel=SEE)

@@ -175,7 +175,7 @@ def heads(*spec: object, grid: Grid | None = None) -> tuple[Head, ...]:
     """The heads that `spec` names, in the order given and each once.
 
     Accepts names, ranges and wildcards in one string or several, `(layer, head)` and
-    `(stack, layer, head)` tuples, `Head`s, and lists of these. Wildcards, and the check that every
+    `(stack, layer, head)` tuples, `Head`s, `(Head, score)` pairs, and lists of these. Wildcards, and the check that every
     head exists, need `grid`. A name without a prefix means the main stack.
 
     >>> heads("L5H3 L0-1H2", (4, 0))
@@ -232,6 +232,8 @@ def _expand(kind: type[C], spec: Iterable[object], grid: Grid | None) -> tuple[C
 def _read(kind: type[C], part: object, sizes: dict[tuple[str, int], int] | None) -> Iterable[C]:
     if isinstance(part, kind):
         return (part,)
+    if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], kind):
+        return (part[0],)  # (place, score), as results list them
     if isinstance(part, str):
         words = re.split(r"[\s,]+", part.strip())
         return [place for word in words for place in _word(kind, word, sizes)]

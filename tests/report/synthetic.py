@@ -422,13 +422,13 @@ def make_report(
     interventions = [
         Intervention(name, metric, unit, before, after, low, high, controls, "8 random draws", command)
         for name, metric, unit, before, after, low, high, controls, command in (
-            ("Silence 46 sink heads", "loss", "nats", 2.913, 2.934, 0.014, 0.028,
-             (0.2 + 0.05 * rng.standard_normal(8)).tolist(), 'regard ablate smollm2 --heads "sink>0.8"'),
-            ("Silence 5 retrieval heads", "needle recall", "share", 0.94, 0.30, -0.72, -0.55,
-             (-0.05 + 0.03 * rng.standard_normal(8)).tolist(), "regard reproduce retrieval-head"),
-            ("Silence 5 induction heads", "loss on repeats", "nats", 0.41, 2.26, 1.7, 2.0,
-             (0.1 + 0.08 * rng.standard_normal(8)).tolist(), "regard report smollm2 --only probes"),
-            ("Cap the residual peak at 1 000", "loss", "nats", 2.913, 3.81, 0.82, 0.98, [],
+            ("Silence 46 sink heads", "loss", "nats", 2.913, 2.934, 2.927, 2.941,
+             (3.1 + 0.05 * rng.standard_normal(8)).tolist(), 'regard ablate smollm2 --heads "sink>0.8"'),
+            ("Silence 5 retrieval heads", "needle recall", "share", 0.94, 0.30, 0.22, 0.39,
+             (0.89 + 0.03 * rng.standard_normal(8)).tolist(), "regard reproduce retrieval-head"),
+            ("Silence 5 induction heads", "loss on repeats", "nats", 0.41, 2.26, 2.1, 2.4,
+             (0.51 + 0.08 * rng.standard_normal(8)).tolist(), "regard report smollm2 --only probes"),
+            ("Cap the residual peak at 1 000", "loss", "nats", 2.913, 3.81, 3.73, 3.89, [],
              "regard report smollm2 --only residual"),
         )
     ]  # fmt: skip

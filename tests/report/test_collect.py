@@ -16,7 +16,7 @@ from regard._errors import AttachError, InputError, ModelError, OutputError
 from regard.instruments.sinks import Sinks
 from regard.report.budget import ForgetKeys, budget, kept_by_mass
 from regard.report.collect import report
-from regard.report.reading import _pool, split_heads
+from regard.report.reading import _pool
 
 TEXT = "The library keeps books about gardens, ships and clocks. " * 4
 
@@ -171,8 +171,6 @@ def test_budget_of_everything_costs_nothing(model: Any) -> None:
     assert (np.where(kept, mass, np.inf).min(1) >= np.where(~kept, mass, -np.inf).max(1)).all()
 
 
-def test_pooling_and_splitting() -> None:
+def test_pooling() -> None:
     assert _pool(np.arange(8.0), 4).tolist() == [0.5, 2.5, 4.5, 6.5]
     assert _pool(np.array([1.0, np.nan]), 4).tolist() == [1.0, 0.0, 0.0, 0.0]
-    local, wide = split_heads(np.arange(10.0).reshape(2, 5))
-    assert local.sum() == 3 and wide.sum() == 3 and not (local & wide).any()

@@ -25,7 +25,8 @@ def test_scales_order_by_lightness_alone(dark: bool) -> None:
 
 def test_colour_range_follows_the_scale() -> None:
     values = np.array([[0.0, 0.2], [0.5, np.nan]])
-    assert colour_range(measure("sink", values)) == (0.0, 1.0)
+    assert colour_range(measure("entropy_normalised", values)) == (0.0, 1.0)
+    assert colour_range(measure("sink", values)) == (0.0, 0.5)
     assert colour_range(measure("entropy", values)) == (0.0, 0.5)
     low, high = colour_range(measure("ablation", np.array([[-0.3, 0.1]])))
     assert -low == high <= 0.3

@@ -222,3 +222,13 @@ def test_console_summary_shows_findings_and_measures() -> None:
     text = console.export_text()
     assert "[red]not markup[/red]" in text and "\x1b[2J" not in text
     assert "lowest" in text and "L0H0" in text
+
+
+def test_before_and_after_are_drawn_as_a_change() -> None:
+    report = make_report(40, layers=2, heads=2)
+    row = report.interventions[0]
+    row.before, row.after, row.low, row.high = 3.0, 3.5, 3.25, 3.75
+    row.controls, row.unit = [3.0, 3.125], "nats"
+    page = render(report)
+    assert "+0.500 nats</b> [0.250, 0.750]" in page
+    assert "Controls: +0.062 ± 0.062 nats" in page

@@ -19,6 +19,8 @@ from regard.instruments.base import RowInstrument, SeriesInstrument, TokenMeasur
 class Distance(RowInstrument):
     """Mean attention distance in tokens for each head (absolute distance where attention is not causal).
 
+    `from_query`: the first query that counts (the first token of a response, for the head span of arXiv 2510.13554).
+
     Cost: one matrix-vector pass for causal attention, two passes otherwise; memory O(heads). Cross-attention has no distance.
 
     >>> import torch
@@ -30,6 +32,12 @@ class Distance(RowInstrument):
     """
 
     quantities = {"distance": ("tokens", "mean over query rows of sum_s A[t,s] |t - s|")}
+
+    def __init__(self, from_query: int = 0) -> None:
+        if from_query < 0:
+            raise InputError.of("from_query", given=from_query, expected="0 or more")
+        super().__init__()
+        self.from_query = from_query
 
     def weights(self, block: Block) -> None:
         if block.site.kind == "cross":
@@ -44,7 +52,8 @@ class Distance(RowInstrument):
         else:
             apart = (position[:, None] - slots[None, block.keys]).abs()
             distance = torch.einsum("bhqk,qk->bhq", block.weights, apart)
-        self.add_rows(block, distance=distance)
+        late = (block.positions >= self.from_query)[None] if self.from_query else None
+        self.add_rows(block, late, distance=distance)
 
 
 class WAAD(SeriesInstrument):

@@ -109,6 +109,8 @@ def _flat(spec: Any) -> Iterable[Any]:
         yield from spec.replace(",", " ").split()
     elif isinstance(spec, tuple) and len(spec) in (2, 3) and hasattr(spec[-1], "__index__"):
         yield spec
+    elif isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], Head | Neuron):
+        yield spec[0]  # (place, score), as results list them
     elif isinstance(spec, Iterable) and not isinstance(spec, (bytes, Mapping)):
         for part in spec:
             yield from _flat(part)

@@ -71,7 +71,9 @@ def _parked(stack: Stack, measured: Measured, command: str) -> Finding | None:
         sentence,
         "Mean weight on the first visible key over queries from the ninth on; heads silenced on held-out text.",
         command,
-        None if twin is None else proof(twin, "Loss on held-out text, parked heads silenced"),
+        None
+        if twin is None
+        else proof(twin, "Loss on held-out text, parked heads silenced", tokens=twin.samples),
         _names(stack, many),
         "sink",
         "atlas",
@@ -105,8 +107,8 @@ def _massive(stack: Stack, measured: Measured, command: str) -> Finding | None:
             panel="skyline",
         )
     sentence = (
-        f"Dimension {sky.dimension} of token {sky.token} reaches {float(sky.peak.max()):,.0f}, up to"
-        f" {float(ratio.max()):,.0f} times the median activation, {_runs(huge)}."
+        f"Dimension {sky.dimension} of token {sky.token} reaches {float(sky.peak.max()):,.0f} after block"
+        f" {int(sky.peak.argmax()) - 1}; it is massive {_runs(huge)}, up to {float(ratio.max()):,.0f} times the median activation."
     )
     adding = [w for w in sky.writers if w.share is not None and w.share > 0.05]
     erasing = [w for w in sky.writers if w.share is not None and w.share < -0.05]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+
 from regard.report.definitions import definition
 from regard.report.markup import (
     Real,
@@ -29,7 +31,10 @@ def retrieval(stack: Stack, index: int) -> str:
         return ""
     parts, lead = [], "Heads that do one thing on generated probes, and what silencing them does."
     if found is not None:
-        above = sum(h.score >= found.threshold for h in found.heads)
+        scores = next((m.values for m in stack.measures if m.key == "retrieval"), None)
+        if scores is None:
+            scores = np.array([h.score for h in found.heads])
+        above = int((scores >= found.threshold).sum())
         lead = (
             f"{above} heads score at least {quantity(found.threshold, 'share', 2)} on the needle task "
             f"({found.answered} of {found.runs} questions answered)."
@@ -45,9 +50,11 @@ def retrieval(stack: Stack, index: int) -> str:
             for h in found.heads
         ]
         head = ("Head", "", "Score", "Active in", "Δ loss")
+        listed, curve = table(head, rows, numeric_from=2), _masking(found)
         parts.append(
-            f'<div class="split even"><div>{table(head, rows, numeric_from=2)}</div>'
-            f"<div>{_masking(found)}</div></div>"
+            f'<div class="split even"><div>{listed}</div><div>{curve}</div></div>'
+            if curve
+            else f'<div class="narrow">{listed}</div>'
         )
     if stack.probes:
         parts.append(f'<div class="probes">{"".join(_probes(stack))}</div>')
@@ -164,7 +171,7 @@ def _order(head: str) -> tuple[int, int]:
 def _upset(sets: list[DormantSet], counts: Counter[tuple[bool, ...]]) -> str:
     """Combinations as columns: a bar of how many heads, dots for the definitions that agree."""
     columns = counts.most_common(12)
-    height, row = 120, 38
+    height, row = 120, 46
     most = max(counts.values())
     width = 100 / len(columns)
     marks = []

@@ -52,12 +52,10 @@ class Measured:
     probes: dict[str, HeadMeasure] = field(default_factory=dict)
 
 
-def proof(twin: CausalTwin, label: str, unit: str = "nats") -> Proof:
+def proof(twin: CausalTwin, label: str, unit: str = "nats", tokens: int | None = None) -> Proof:
     """A causal twin as the page shows it."""
     low, high = twin.interval
-    return Proof(
-        label, unit, twin.effect, low, high, 0.95, twin.controls.tolist(), CONTROL, twin.samples
-    )
+    return Proof(label, unit, twin.effect, low, high, 0.95, twin.controls.tolist(), CONTROL, tokens)
 
 
 def probes(model: nn.Module, stack: Stack, measured: Measured, seed: int) -> None:

@@ -204,7 +204,7 @@ def _writers(sky: Skyline) -> str:
         )
         for w in sky.writers
     ]
-    return "<h3>By neuron or head</h3>" + table(("Site", "Writes", "Of its layer"), rows)
+    return "<h3>By neuron or head</h3>" + table(("Site", "Writes", "Of the peak"), rows)
 
 
 def _skyline_table(sky: Skyline, tokens: list[str]) -> str:

@@ -23,6 +23,7 @@ from regard.instruments.maps import PooledMaps
 from regard.instruments.norms import HeadOutputNorms
 from regard.instruments.observe import model_inputs
 from regard.instruments.profile import PatternProfile
+from regard.instruments.rhythm import split_heads
 from regard.instruments.sinks import SinkMass, Sinks
 from regard.instruments.stream import ResidualPeaks
 from regard.instruments.values import ValueDrain
@@ -164,12 +165,6 @@ def _measures(reading: Reading, stack: str) -> list[Measure]:
     return found
 
 
-def split_heads(distance: np.ndarray, share: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
-    """Masks `[layers, heads]` of the local and the global heads: the lowest and highest 30 % by mean distance."""
-    low, high = np.nanquantile(distance, [share, 1 - share])
-    return distance <= low, distance >= high
-
-
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean over the numbers that were measured; NaN where there is none."""
     known = np.isfinite(values)
@@ -193,7 +188,7 @@ def _sequence(reading: Reading, stack: str, pieces: list[str]) -> Sequence:
         table(reading.measures["distance"], stack) if "distance" in reading.measures else None
     )
     if distance is not None and stack in {name for name, _ in waad.values}:
-        local, wide = split_heads(distance)
+        local, wide = (mask.numpy() for mask in split_heads(torch.from_numpy(distance)))
         fai = reading.instruments["FutureInfluence"].compute().tensor(stack).numpy()
         rhythm, influence = waad.tensor(stack).numpy()[local].mean(0), fai[wide].mean(0)
         tokens = len(pieces)

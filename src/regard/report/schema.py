@@ -61,8 +61,8 @@ class Measure:
 class Proof:
     """A causal effect beside its controls: what was done, what it changed, what chance does.
 
-    `effect` has the interval [`low`, `high`] at `level`; `controls` are the effects of the
-    random draws.
+    `effect` has the interval [`low`, `high`] at `level`; `controls` are the effects of random draws.
+    It was measured on `tokens` of what `counted` says ("held-out tokens", "held-out needles").
     """
 
     label: str
@@ -74,6 +74,7 @@ class Proof:
     controls: list[float] = field(default_factory=list)
     control_label: str = ""
     tokens: int | None = None
+    counted: str = "held-out tokens"
 
 
 @dataclass
@@ -168,7 +169,10 @@ class DosePoint:
 
 @dataclass
 class Writer:
-    """A part of the model that writes the massive dimension; `site` is "mlp.4.n17" or "L5H3"."""
+    """A part of the model that writes the massive dimension; `site` is "mlp.4.n17" or "L5H3".
+
+    `share` is `contribution` over the peak; negative parts erase it.
+    """
 
     site: str
     contribution: float
@@ -349,7 +353,11 @@ class Stack:
 
 @dataclass
 class Intervention:
-    """A row of the before/after table: one change to the model and one number it was judged by."""
+    """A row of the before/after table: one change to the model and one number it was judged by.
+
+    `low` and `high` bound `after`; `controls` are the values after each random change. The page draws
+    them all as differences from `before`.
+    """
 
     name: str
     metric: str

@@ -185,7 +185,7 @@ def proof_block(proof: Proof) -> str:
         name = escape(proof.control_label or f"{len(proof.controls)} controls")
         lines.append(f'<span class="quiet">Controls: {escape(shown)}, {name}</span>')
     if proof.tokens:
-        lines.append(f'<span class="quiet">{number(proof.tokens)} held-out tokens</span>')
+        lines.append(f'<span class="quiet">{number(proof.tokens)} {escape(proof.counted)}</span>')
     return (
         f'<div class="proof"><p class="proof-label">{escape(proof.label)}</p>{proof_plot(proof)}'
         f"<p>{'<br>'.join(lines)}</p></div>"
@@ -253,8 +253,10 @@ def causal(rows: list[Intervention]) -> str:
 
 
 def _as_proof(r: Intervention) -> Proof:
-    change = r.after - r.before
-    return Proof(f"Δ {r.metric}", r.unit, change, r.low, r.high, 0.95, r.controls, r.control_label)
+    low, high = (None if end is None else end - r.before for end in (r.low, r.high))
+    controls = [value - r.before for value in r.controls]
+    effect = r.after - r.before
+    return Proof(f"Δ {r.metric}", r.unit, effect, low, high, 0.95, controls, r.control_label)
 
 
 def appendix(data: ReportData) -> str:

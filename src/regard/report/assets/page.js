@@ -343,6 +343,13 @@ class Atlas {
     return se ? value + " ± " + number(se * factor, 1) : value;
   }
 
+  // for narrow columns: two digits beside a standard error, the unit once
+  brief(measure, i) {
+    const se = measure.error?.[i];
+    if (!se) return [quantity(measure.values[i], measure.unit)];
+    return [quantity(measure.values[i], measure.unit, 2) + " ", make("span", {}, "± " + number(measure.unit === "share" ? 100 * se : se, 1))];
+  }
+
   summary(i) {
     const rows = this.stack.measures.flatMap((m) => {
       const css = m === this.measure ? "now" : null;
@@ -565,7 +572,7 @@ function openCard(atlas, i, focus, quiet) {
     const value = m.values[i];
     const rank = value === null ? null : m.values.filter((v) => v !== null && v > value).length + 1;
     return make("div", { "data-tip": rank ? m.name + ": rank " + rank + " of " + m.values.filter((v) => v !== null).length : m.name },
-      make("dt", {}, m.label), make("dd", {}, atlas.text(m, i)),
+      make("dt", {}, m.label), make("dd", {}, ...atlas.brief(m, i)),
       value === null ? "" : make("small", {}, rankMark(place(value, m.low, m.high, m.scale))));
   });
   cardBox.replaceChildren(head, make("div", { class: "card-body" }, left, middle, make("dl", { class: "all" }, rows)));
