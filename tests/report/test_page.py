@@ -231,4 +231,4 @@ def test_before_and_after_are_drawn_as_a_change() -> None:
     row.controls, row.unit = [3.0, 3.125], "nats"
     page = render(report)
     assert "+0.500 nats</b> [0.250, 0.750]" in page
-    assert "Controls: +0.062 ± 0.062 nats" in page
+    assert "Controls: +0.062, from 0 to +0.12 nats" in page

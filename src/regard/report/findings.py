@@ -108,7 +108,7 @@ def _massive(stack: Stack, measured: Measured, command: str) -> Finding | None:
         )
     sentence = (
         f"Dimension {sky.dimension} of token {sky.token} reaches {float(sky.peak.max()):,.0f} after block"
-        f" {int(sky.peak.argmax()) - 1}; it is massive {_runs(huge)}, up to {float(ratio.max()):,.0f} times the median activation."
+        f" {int(sky.peak.argmax()) - 1}; it is massive {_runs(huge)}, up to {float(ratio.max()):,.0f} times the median."
     )
     adding = [w for w in sky.writers if w.share is not None and w.share > 0.05]
     erasing = [w for w in sky.writers if w.share is not None and w.share < -0.05]

@@ -178,10 +178,11 @@ def proof_block(proof: Proof) -> str:
     level = f" {round(100 * proof.level)}{THIN}%" if between else ""
     lines = [f"<b>{escape(change(proof.effect, proof.unit))}</b> {between}{level}"]
     if proof.controls:
-        mean = float(np.mean(proof.controls))
-        reach = max(abs(v - mean) for v in proof.controls)
         factor, unit = (100, "points") if proof.unit == "share" else (1, proof.unit)
-        shown = f"{number(factor * mean, 2, sign=True)} ± {quantity(factor * reach, unit, 2)}"
+        mean, low, high = (
+            number(factor * float(f(proof.controls)), 2, sign=True) for f in (np.mean, min, max)
+        )
+        shown = f"{mean}, from {low} to {high} {unit}"
         name = escape(proof.control_label or f"{len(proof.controls)} controls")
         lines.append(f'<span class="quiet">Controls: {escape(shown)}, {name}</span>')
     if proof.tokens:
