@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--peer-python", help="an interpreter with transformer-lens and nnsight")
+    parser.add_argument("--peer-lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "observe.json")
     given = parser.parse_args()
     path, ours = model_directory(), sys.executable
@@ -99,7 +100,8 @@ def main() -> None:
                     **({"failed": held["failed"]} if "failed" in held else {}),
                 }
             )
-        for peer in ("transformer_lens", "nnsight") if given.peer_python and length <= 4096 else ():
+        peers = ("transformer_lens", "nnsight") if given.peer_python else ()
+        for peer in peers if length in given.peer_lengths else ():
             if map_megabytes(length) >= CAP_MB:
                 need = map_megabytes(length) / 1000
                 note(

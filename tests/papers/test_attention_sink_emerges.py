@@ -51,8 +51,8 @@ def test_rates_are_those_of_eager_maps():
     torch.testing.assert_close(found["importance"], importance[..., 0].mean(1), rtol=0, atol=1e-5)
 
 
-def test_the_closed_forms_are_told_apart_from_ordinary_input():
-    run = Run(paper.PAPER, scale="quick", work=None)  # type: ignore[arg-type]
+def test_the_closed_forms_are_told_apart_from_ordinary_input(tmp_path):
+    run = Run(paper.PAPER, scale="quick", work=tmp_path)
     paper.closed_forms(run)
     assert run.records["nope"]["holds"] and run.records["rope"]["holds"]
     assert run.records["nope"]["here"] < 1e-12

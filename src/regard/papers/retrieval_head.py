@@ -166,7 +166,7 @@ def _record_scores(run: Run, table: np.ndarray, groups: np.ndarray, setting: str
     shares = [100 * np.mean(m >= THRESHOLD) for m in resampled]
     interval = tuple(np.percentile(shares, [2.5, 97.5]))
     share = 100 * float(np.mean(mean >= THRESHOLD))
-    best = ", ".join(f"{head_name(i)} {mean[i]:.2f}" for i in np.argsort(-mean)[:5])
+    best = ", ".join(f"{head_name(int(i))} {mean[i]:.2f}" for i in np.argsort(-mean)[:5])
     note = f"interval: bootstrap over needles, 95 %; best heads {best}; Gini {gini(mean):.2f}"
     run.record("sparse", here=share, interval=interval, setting=setting, note=note)
     run.record("five", here=share, interval=interval, setting=setting, note=note)

@@ -71,9 +71,7 @@ def _parked(stack: Stack, measured: Measured, command: str) -> Finding | None:
         sentence,
         "Mean weight on the first visible key over queries from the ninth on; heads silenced on held-out text.",
         command,
-        None
-        if twin is None
-        else proof(twin, "Loss on held-out text, parked heads silenced", tokens=twin.samples),
+        None if twin is None else proof(twin, "Loss on held-out text, parked heads silenced"),
         _names(stack, many),
         "sink",
         "atlas",
@@ -215,7 +213,11 @@ def _retrieval(stack: Stack, measured: Measured, command: str) -> Finding | None
         command,
         None
         if twin is None
-        else proof(twin, "Loss of the answer on held-out needles, retrieval heads silenced"),
+        else proof(
+            twin,
+            "Loss of the answer on held-out needles, retrieval heads silenced",
+            counted="held-out needles",
+        ),
         [str(head) for head, _ in named],
         "retrieval",
         "retrieval",
@@ -238,7 +240,11 @@ def _copying(stack: Stack, measured: Measured, command: str) -> Finding | None:
         sentence,
         "Random tokens repeated once; scored on one batch, silenced on another.",
         command,
-        proof(twin, "Loss on the repeated half of fresh random tokens, best heads silenced"),
+        proof(
+            twin,
+            "Loss on the repeated half of fresh random tokens, best heads silenced",
+            counted="held-out sequences",
+        ),
         [str(head) for head, _ in best],
         "induction",
         "retrieval",

@@ -52,10 +52,13 @@ class Measured:
     probes: dict[str, HeadMeasure] = field(default_factory=dict)
 
 
-def proof(twin: CausalTwin, label: str, unit: str = "nats", tokens: int | None = None) -> Proof:
+def proof(twin: CausalTwin, label: str, counted: str = "held-out tokens") -> Proof:
     """A causal twin as the page shows it."""
     low, high = twin.interval
-    return Proof(label, unit, twin.effect, low, high, 0.95, twin.controls.tolist(), CONTROL, tokens)
+    controls = twin.controls.tolist()
+    return Proof(
+        label, "nats", twin.effect, low, high, 0.95, controls, CONTROL, twin.samples, counted
+    )
 
 
 def probes(model: nn.Module, stack: Stack, measured: Measured, seed: int) -> None:
@@ -76,7 +79,9 @@ def probes(model: nn.Module, stack: Stack, measured: Measured, seed: int) -> Non
                 [str(head) for head, _ in best],
                 [score for _, score in best],
                 proof(
-                    twin, "Loss on the repeated half of fresh random tokens, best heads silenced"
+                    twin,
+                    "Loss on the repeated half of fresh random tokens, best heads silenced",
+                    "held-out sequences",
                 ),
             )
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,12 +70,24 @@ class Reading:
     measures: dict[str, HeadMeasure]
     plain_seconds: float
     seconds: float
-    extra_memory_mb: float
+    extra_memory_mb: float | None
 
 
-def _peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 if sys.platform != "darwin" else 1024**2)
+def _status_mb(field: str) -> float:
+    """`VmRSS` or `VmHWM` of this process; OSError where the system does not say."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"no {field}")
+
+
+def _watch_memory() -> float | None:
+    """Resets the process's peak (Linux) and returns what is resident now; None where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_mb("VmRSS")
+    except OSError:
+        return None
 
 
 def read(model: nn.Module, ids: Tensor, rows: float | None, seed: int) -> Reading:
@@ -89,19 +100,18 @@ def read(model: nn.Module, ids: Tensor, rows: float | None, seed: int) -> Readin
         plain = time.perf_counter() - start
         check_finite(model, output)
         del output
-        before, instruments = _peak_mb(), report_instruments()
+        before, instruments = _watch_memory(), report_instruments()
         start = time.perf_counter()
         with Session(model, *instruments, rows=rows, seed=seed) as session:
             model(**inputs)
         seconds = time.perf_counter() - start
+    extra = None if before is None else max(0.0, _status_mb("VmHWM") - before)
     named = {type(instrument).__name__: instrument for instrument in instruments}
     measures: dict[str, HeadMeasure] = {}
     for instrument in instruments:
         if instrument.state and any(instrument.state.values()):
             measures.update(instrument.measures())
-    return Reading(
-        named, list(session.sites.values()), measures, plain, seconds, max(0.0, _peak_mb() - before)
-    )
+    return Reading(named, list(session.sites.values()), measures, plain, seconds, extra)
 
 
 def stacks(reading: Reading, pieces: list[str]) -> list[Stack]:
@@ -194,7 +204,8 @@ def _sequence(reading: Reading, stack: str, pieces: list[str]) -> Sequence:
         tokens = len(pieces)
         most = max(1, tokens // 40)
         sequence.waad, sequence.fai = rhythm, influence
-        sequence.anchors = sorted(np.argsort(-influence[: tokens - 10])[:most].tolist())
+        watched = tokens - max(10, tokens // 10)  # the last tokens have few later queries
+        sequence.anchors = sorted(np.argsort(-influence[:watched])[:most].tolist())
         sequence.peaks = _peaks(rhythm, 0.9)
     return sequence
 
