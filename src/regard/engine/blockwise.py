@@ -106,6 +106,7 @@ def attend(
     groups, group = call.kv_heads, call.group
     grad = _needs_grad(call, (*methods_scores, *methods_weights))
     workspace = workspace or Workspace()
+    key, value = key.contiguous(), value.contiguous()  # rows of one head next to each other
     keys_t = key.transpose(-1, -2)
     lowest = torch.finfo(query.dtype).min
     sampled = rows is not None
