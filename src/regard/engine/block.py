@@ -88,10 +88,11 @@ class Block:
     @cached_property
     def counts(self) -> Float[Tensor, "batch rows"]:
         """How many keys each query sees (`[1, rows]` when it is the same for the whole batch)."""
-        if self.visible is None:
-            width = float(self.window.hi - self.window.lo)
+        window, hidden = self.window, self.window.hidden
+        if hidden is None:
+            width = float(window.hi - window.lo)
             return torch.full((1, len(self.rows)), width, device=self.rows.device)
-        return self.visible.sum(-1).float().amax(1)
+        return ((~hidden).sum(-1) + (window.edge - window.lo)).float().amax(1)
 
     @cached_property
     def first_key(self) -> Tensor:
@@ -158,18 +159,19 @@ class Block:
 
     def seen(self) -> Float[Tensor, "batch keys"]:
         """How many valid rows of this block see each key of the range (`[1, keys]` when it is the same for the batch)."""
-        if self.visible is None and self.valid is None:
-            width = self.window.hi - self.window.lo
-            return torch.full((1, width), float(len(self.rows)), device=self.rows.device)
-        if self.visible is None:
-            assert self.valid is not None
-            return (
-                self.valid.sum(-1, keepdim=True).float().expand(-1, self.window.hi - self.window.lo)
-            )
-        visible = self.visible.any(1)
-        if self.valid is not None:
-            visible = visible & self.valid[:, :, None]
-        return visible.sum(-2).float()
+        window, hidden, valid = self.window, self.window.hidden, self.valid
+        rows = torch.full((1, 1), float(len(self.rows)), device=self.rows.device)
+        if valid is not None:
+            rows = valid.sum(-1, keepdim=True).float()
+        if hidden is None:
+            return rows.expand(-1, window.hi - window.lo)
+        shown = (~hidden).any(1)
+        if valid is not None:
+            shown = shown & valid[:, :, None]
+        tail = shown.sum(-2).float()
+        batch = max(len(rows), len(tail))
+        free = rows.expand(batch, window.edge - window.lo)
+        return torch.cat([free, tail.expand(batch, -1)], dim=-1)
 
     def row_sum(self, part: slice) -> Float[Tensor, "batch heads keys"]:
         """Column sums over some of the block's rows, padding rows left out."""
