@@ -130,6 +130,7 @@ def write(results: Path) -> None:
         " pooled maps, value drains, head output norms and residual peaks. The other rows get only entropy, first-key mass,"
         " distance and column sums from their maps.",
         "",
+        *([f"Note: {found['note']}.", ""] if found.get("note") else []),
         "## Goals",
         "",
         *goals(rows),
