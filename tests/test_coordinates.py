@@ -108,3 +108,10 @@ def test_results_can_be_passed_on_with_their_scores() -> None:
 
     listed = [(Head(1, 2), 0.9), (Head(0, 3), 0.4)]
     assert heads(listed, grid=(2, 4)) == (Head(1, 2), Head(0, 3))
+
+
+def test_two_places_in_a_tuple_are_two_places() -> None:
+    pair = (Head(1, 2), Head(0, 3))
+    assert heads(pair, grid=(2, 4)) == pair
+    assert heads([pair], grid=(2, 4)) == pair
+    assert neurons((Neuron(0, 3), Neuron(0, 17))) == (Neuron(0, 3), Neuron(0, 17))

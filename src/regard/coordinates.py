@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, TypeAlias, TypeVar
 
 from regard._errors import InputError
@@ -232,8 +233,8 @@ def _expand(kind: type[C], spec: Iterable[object], grid: Grid | None) -> tuple[C
 def _read(kind: type[C], part: object, sizes: dict[tuple[str, int], int] | None) -> Iterable[C]:
     if isinstance(part, kind):
         return (part,)
-    if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], kind):
-        return (part[0],)  # (place, score), as results list them
+    if scored(part, kind):
+        return (part[0],)  # type: ignore[index]
     if isinstance(part, str):
         words = re.split(r"[\s,]+", part.strip())
         return [place for word in words for place in _word(kind, word, sizes)]
@@ -302,6 +303,12 @@ def _inside(place: _Coordinate, sizes: dict[tuple[str, int], int] | None) -> Non
             f"{place} is outside the model: layer {place.layer} has {place.units} "
             f"0..{sizes[place.key] - 1}"
         )
+
+
+def scored(part: object, kind: type | tuple[type, ...]) -> bool:
+    """Whether `part` is a `(place, score)` pair, as results list them; two places are not one."""
+    pair = isinstance(part, tuple) and len(part) == 2
+    return pair and isinstance(part[0], kind) and isinstance(part[1], Real)
 
 
 def _whole(value: object) -> bool:

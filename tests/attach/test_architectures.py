@@ -22,6 +22,7 @@ from regard.attach import attach
 from regard.attach.verification import verify
 from regard.engine import Block, Method
 
+# In the oldest transformers that is tested; newer ones may have moved to the interface (GPT-J did in 5.24), and are proven then.
 NO_INTERFACE = {
     *(
         "big_bird",
@@ -79,14 +80,16 @@ def test_every_family_asked_for_is_among_them() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_family(family: architectures.Family) -> None:
     outcome = architectures.prove(family)
-    if family.name in NO_INTERFACE | NO_SOFTMAX and outcome.status != "not built":
+    if outcome.status == "out of reach":
+        assert family.name in NO_INTERFACE | NO_SOFTMAX, outcome.reason
         expected = (
             "has no attention layers"
             if family.name in NO_SOFTMAX
             else "attention inside|its attention is in"
         )
-        assert outcome.status == "out of reach" and re.search(expected, outcome.reason), outcome
+        assert re.search(expected, outcome.reason), outcome
         return
+    assert family.name not in NO_SOFTMAX or outcome.status == "not built"
     if outcome.status == "not built" and family.name not in LISTED:
         pytest.skip(outcome.reason)
     assert outcome.status == "equal", outcome.reason

@@ -9,7 +9,7 @@ from torch import nn
 
 from regard._errors import InputError
 from regard.attach.anatomy import CROSS, BlockParts, Stack, anatomy
-from regard.coordinates import Head, Neuron
+from regard.coordinates import Head, Neuron, scored
 from regard.coordinates import heads as parse_heads
 from regard.coordinates import neurons as parse_neurons
 
@@ -109,8 +109,8 @@ def _flat(spec: Any) -> Iterable[Any]:
         yield from spec.replace(",", " ").split()
     elif isinstance(spec, tuple) and len(spec) in (2, 3) and hasattr(spec[-1], "__index__"):
         yield spec
-    elif isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], Head | Neuron):
-        yield spec[0]  # (place, score), as results list them
+    elif scored(spec, (Head, Neuron)):
+        yield spec[0]
     elif isinstance(spec, Iterable) and not isinstance(spec, (bytes, Mapping)):
         for part in spec:
             yield from _flat(part)
