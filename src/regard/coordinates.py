@@ -307,8 +307,9 @@ def _inside(place: _Coordinate, sizes: dict[tuple[str, int], int] | None) -> Non
 
 def scored(part: object, kind: type | tuple[type, ...]) -> bool:
     """Whether `part` is a `(place, score)` pair, as results list them; two places are not one."""
-    pair = isinstance(part, tuple) and len(part) == 2
-    return pair and isinstance(part[0], kind) and isinstance(part[1], Real)
+    if not isinstance(part, tuple) or len(part) != 2:
+        return False
+    return isinstance(part[0], kind) and isinstance(part[1], Real)
 
 
 def _whole(value: object) -> bool:
