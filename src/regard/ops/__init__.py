@@ -1,0 +1,1 @@
+"""Pure functions of tensors: no parameters, no model, differentiable where their mathematics is."""

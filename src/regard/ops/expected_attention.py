@@ -1,0 +1,65 @@
+"""Expected attention: what a key will receive from future queries, from the mean and covariance of past ones.
+
+Queries before position encoding are taken to be normal with mean m and covariance C. A query t steps ahead is rotated by R_t;
+averaging the rotation over the next T positions gives R, and for a key k (already rotated to its own position)
+
+    log E[exp(q . k * s)] ~ s (R m) . k + s^2/2 k^T (R C R^T) k,        s = 1 / sqrt(dim).
+
+These are normalised by a softmax over the keys, averaged over the heads of a group, and multiplied by the norm of the value.
+
+Source: Devoto et al. 2025, "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+arXiv 2510.00636.
+Cost: O(keys x dim^2) for each query head, once an eviction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def expected_attention(
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    mean: Float[Tensor, "batch heads dim"],
+    covariance: Float[Tensor, "batch heads dim dim"] | None,
+    held: Bool[Tensor, "batch kv_heads keys"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch kv_heads keys"]:
+    """The share of attention that every held key is expected to receive, averaged over the heads of a group.
+
+    Args:
+        key: after position encoding.
+        mean, covariance: of future queries, that is after the average rotation; no second-order term without a covariance.
+        held: False at empty slots, which get 0 and take no share.
+        scaling: factor on query . key.
+    """
+    batch, kv_heads, _, _ = key.shape
+    mean = mean.unflatten(1, (kv_heads, -1)).to(key)
+    scores = scaling * mean @ key.transpose(-1, -2)  # [batch, kv_heads, group, keys]
+    if covariance is not None:
+        spread = covariance.unflatten(1, (kv_heads, -1)).to(key)
+        for g in range(spread.shape[2]):
+            curved = (key @ spread[:, :, g] * key).sum(-1)
+            scores[:, :, g] += 0.5 * scaling**2 * curved
+    scores = scores.masked_fill(~held[:, :, None], -math.inf)
+    shares = torch.softmax(scores, -1).masked_fill(~held[:, :, None], 0)
+    return shares.mean(2)
+
+
+def query_moments(
+    query: Float[Tensor, "batch heads rows dim"], valid: Bool[Tensor, "batch rows"]
+) -> tuple[
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch heads dim"],
+    Float[Tensor, "batch heads dim dim"],
+]:
+    """How many valid rows there are, their sum, and the sum of their outer products; chunks add up.
+
+    In float64: the covariance is a difference of these.
+    """
+    rows = query.double() * valid[:, None, :, None]
+    return valid.sum(-1).double(), rows.sum(2), rows.transpose(-1, -2) @ rows
