@@ -1,0 +1,1 @@
+"""Experiments with known or measurable answers: training dynamics and recipes."""
