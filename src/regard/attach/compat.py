@@ -122,6 +122,8 @@ def deferred_mask(
         key_offset=int(kv_offset),
         key_valid=key_valid,
         causal=not padded and mask_function is causal_mask_function,
+        unpadded=mask_function,
+        past=mask_function is causal_mask_function,
         dtype=torch.bool if additive is None else additive,
         device=device,
     )

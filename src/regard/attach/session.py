@@ -60,6 +60,9 @@ class Session:
         AttachError: when the model has no attention, or none that can be hooked.
     """
 
+    holds = False
+    """Whether the model runs regard's attention although no method asks for it (`regard.attach.hold`)."""
+
     def __init__(
         self, model: nn.Module, *methods: Method, rows: float | None = None, seed: int = 0
     ) -> None:
@@ -98,7 +101,7 @@ class Session:
 
     @property
     def uses_attention(self) -> bool:
-        return any(
+        return self.holds or any(
             self.pipeline[hook] for hook in ("before", "scores", "weights", "heads", "after")
         )
 
@@ -121,7 +124,7 @@ class Session:
                     self._hook_attention()
                 if self.pipeline["residual"] or self.pipeline["neurons"]:
                     self._handles += self._stream.register()
-                if self.methods:
+                if self.methods or self.holds:
                     enter, leave = map(compat.untraced, (self._entering, self._leaving))
                     self._handles += [
                         self.model.register_forward_pre_hook(enter, with_kwargs=True),
@@ -211,7 +214,7 @@ class Session:
             raise AttachError(
                 f"{kind} has no attention layers that regard can find (a list of blocks with an attention module){mixing}"
             )
-        if self.unhooked:
+        if self.unhooked and not self.holds:
             more = f" and {len(self.unhooked) - 1} more" if len(self.unhooked) > 1 else ""
             warnings.warn(
                 f"{kind}: attention in {self.unhooked[0]}{more} does not use transformers' attention interface and is "
@@ -252,7 +255,7 @@ class Session:
         if module is not self.model:
             return
         self._calls = 0
-        given = {**dict(zip(_arguments(type(module)), args, strict=False)), **kwargs}
+        given = arguments_of(module, args, kwargs)
         self._masks = {
             name: value
             for name in ("attention_mask", "decoder_attention_mask")
@@ -321,6 +324,11 @@ class Session:
         return found
 
 
+def observed(module: nn.Module) -> bool:
+    """Whether any method is attached to the module."""
+    return any(session.methods for session in _SESSIONS.get(module, ()))
+
+
 def workspace() -> Workspace:
     """The score buffers of this thread."""
     if not hasattr(_LOCAL, "workspace"):
@@ -346,6 +354,11 @@ def _is_causal(module: nn.Module, call: AttentionCall) -> bool:
 def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
     """The names of the positional arguments of a model's `forward`."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def arguments_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    return {**dict(zip(_arguments(type(module)), args, strict=False)), **kwargs}
 
 
 def dispatch(module: nn.Module, call: AttentionCall) -> Tensor:

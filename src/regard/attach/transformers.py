@@ -13,6 +13,9 @@ open that function is `attention` here. What else a model passes decides what it
 | `block_indices` | MiniMax-M3 | the same by key blocks |
 | `sliding_window` | many | nothing: the window is in the mask already |
 
+Keys that come out of one of regard's caches carry it as `key.held` (`regard.attach.hold.Held`): it answers decoding steps itself,
+and puts what it really holds into every other call.
+
 Models with sparse indexers cut the mask themselves only where the implementation is called `sdpa` or `eager`, so it is done
 here. Without a mask, `sdpa` models mean "causal if the module is"; models that run eager mean "every key". So there are two
 functions and two masks, chosen by the implementation that a model had before.
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 
 from regard._errors import AttachError
 from regard.attach import compat
-from regard.attach.session import dispatch
+from regard.attach.session import dispatch, observed
 from regard.engine import AttentionCall, DeferredMask, as_mask
 
 
@@ -62,6 +65,15 @@ def attention(
         attention_mask = _named_blocks(module, query, key, attention_mask, block_indices, rest)
     if indices is not None:
         attention_mask = _named_keys(attention_mask, indices, key.shape[2])
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    held = getattr(key, "held", None)
+    if held is not None:
+        held.check(value)
+        more = (softcap, s_aux, sinks, position_bias, indices, block_indices)
+        if not dropout and all(argument is None for argument in more) and not observed(module):
+            output = held.decode(module, query, attention_mask, scale)
+            if output is not None:
+                return output.transpose(1, 2), None
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None and causal and queries > 1 and keys > queries:
         key, value = key[:, :, :queries], value[:, :, :queries]
@@ -82,7 +94,7 @@ def attention(
         key,
         value,
         mask,
-        float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        scale,
         softcap=softcap,
         sinks=_sinks(s_aux, sinks),
         bias=position_bias,
@@ -92,7 +104,12 @@ def attention(
         query_offset=offset,
         module=module,
     )
-    return dispatch(module, call).transpose(1, 2).contiguous(), None
+    if held is None:
+        return dispatch(module, call).transpose(1, 2).contiguous(), None
+    call = held.place(call, attention_mask)
+    output = dispatch(module, call)
+    held.done(call, attention_mask)
+    return output.transpose(1, 2).contiguous(), None
 
 
 @compat.untraced

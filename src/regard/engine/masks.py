@@ -127,8 +127,9 @@ class DeferredMask(Tensor):
     """The mask `[batch, 1, queries, keys]` of a rule, evaluated only where it is needed.
 
     `rule(batch, head, query, key)` takes index tensors that broadcast and returns True where the key is visible;
-    `key_valid` `[batch, keys]` is False at padding; `causal` says that the rule is plain causality. Any torch operation on
-    it yields the ordinary tensor: boolean, or additive (0 and the smallest number) when `dtype` is a float.
+    `key_valid` `[batch, keys]` is False at padding; `causal` says that the rule is plain causality. `unpadded` is the rule
+    without padding, for keys that lie anywhere (`at`), and `past` says that this one is plain causality. Any torch
+    operation on it yields the ordinary tensor: boolean, or additive (0 and the smallest number) when `dtype` is a float.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -136,6 +137,8 @@ class DeferredMask(Tensor):
     query_offset: int
     key_offset: int
     causal: bool
+    unpadded: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    past: bool
 
     @staticmethod
     def __new__(
@@ -147,6 +150,8 @@ class DeferredMask(Tensor):
         key_offset: int = 0,
         key_valid: Tensor | None = None,
         causal: bool = False,
+        unpadded: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+        past: bool = False,
         dtype: torch.dtype = torch.bool,
         device: torch.device | str = "cpu",
     ) -> DeferredMask:
@@ -158,6 +163,8 @@ class DeferredMask(Tensor):
         mask.query_offset = query_offset
         mask.key_offset = key_offset
         mask.causal = causal
+        mask.unpadded = unpadded or rule
+        mask.past = past or causal
         return mask
 
     def block(self, rows: Tensor) -> Tensor:
@@ -169,6 +176,26 @@ class DeferredMask(Tensor):
         key = (torch.arange(keys, device=device) + self.key_offset).view(1, 1, 1, -1)
         visible = self.rule(batch, head, query, key)
         return visible.expand(-1, -1, len(rows), keys)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The visible pairs of every query with keys at `positions` `[batch, heads, keys]`, `[batch, heads, queries, keys]`.
+
+        O(batch x heads x queries x keys) memory.
+        """
+        device = positions.device
+        batch = torch.arange(positions.shape[0], device=device).view(-1, 1, 1, 1)
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        query = torch.arange(self.shape[-2], device=device) + self.query_offset
+        key = positions.long()[:, :, None, :]
+        visible = self.unpadded(batch, head, query.view(1, 1, -1, 1), key)
+        visible = visible.expand(*positions.shape[:2], len(query), positions.shape[-1])
+        if self.key_valid is not None:
+            column = key - self.key_offset
+            known = (column >= 0) & (column < self.key_valid.shape[1])
+            column = torch.where(known, column, 0)
+            valid = self.key_valid[batch, column] | ~known
+            visible = visible & valid
+        return visible
 
     def window(self, rows: Tensor) -> Window:
         if self.causal:
