@@ -6,6 +6,7 @@
 | to read or change scores or weights | `blockwise`: exact, O(block x keys) memory |
 | to read weights of sampled rows only | the fused kernel for the output, `blockwise` for the sampled rows |
 | a sparse pattern (`call.mask` is a `BlockSparseMask`) | `block_sparse`: only the named key blocks |
+| patterns that differ by rows or heads (`SplitMask`) | each part by its own backend |
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from regard.engine import block_sparse, blockwise, dense
+from regard.engine import block_sparse, blockwise, dense, split
 from regard.engine.call import AttentionCall
 from regard.engine.method import Pipeline, reading
 
@@ -96,7 +97,29 @@ def _fused(call: AttentionCall, workspace: blockwise.Workspace | None) -> Tensor
     if dense.can_attend(call):
         if isinstance(call.mask, block_sparse.BlockSparseMask) and not call.dropout:
             return block_sparse.attend(call)
-        return dense.attend(call)
+        if isinstance(call.mask, split.SplitMask):
+            return _parts(call, call.mask, workspace)
+        if not isinstance(call.mask, split.Both):
+            return dense.attend(call)
     output = blockwise.attend(call, (), (), workspace=workspace)
     assert output is not None
+    return output
+
+
+def _parts(
+    call: AttentionCall, mask: split.SplitMask, workspace: blockwise.Workspace | None
+) -> Tensor:
+    """Every part by the backend that suits it; queries that no part holds give zeros."""
+    shape = (*call.query.shape[:3], call.value.shape[-1])
+    output = call.query.new_zeros(shape)
+    for part in mask.parts:
+        rows = slice(None) if part.batch is None else split.runs(part.batch)
+        for inner, heads in split.sub_calls(call, part):
+            held = output[rows] if isinstance(rows, slice) else None
+            mixed = _fused(inner, workspace)
+            if held is not None:
+                held[:, heads, part.first : part.last] = mixed
+            else:
+                for row, one in zip(part.batch or (), mixed, strict=True):
+                    output[row, heads, part.first : part.last] = one
     return output

@@ -1,29 +1,46 @@
 """Attention over named key blocks only.
 
-A pattern lists, for every block of queries (and head, if it likes), the key blocks it may see; nothing else is computed.
-Contiguous runs are read as views, others are gathered; the block on the diagonal is masked causally inside.
+A pattern lists, for every block of queries, the key blocks it may see; nothing else is computed. Blocks that all queries of
+a block see whole need no mask at all, the others (the diagonal of a causal pattern, the ends of a window) are masked inside;
+both parts run on the fused kernel and are merged by their log-sum-exps (`tiles.py`, `waves.py`).
 
-Cost: time and memory proportional to the number of named (query block, key block) pairs.
+Cost: time and memory proportional to the number of named (query block, key block) pairs, or those of the dense kernel where
+that is predicted to be cheaper (short texts, patterns that name nearly everything).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from regard.engine import dense, tiles, waves
 from regard.engine.call import AttentionCall
-from regard.engine.masks import Window
+from regard.engine.masks import CausalMask, FullMask, TensorMask, Window
+
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""`rule(query, key)`: whether the query at a key slot sees the key at another; index tensors that broadcast."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockSparseMask:
     """Key blocks that each query block sees.
 
-    `blocks[i]` `[count]` lists, ascending, the key blocks of query block `i`; all blocks have `size` tokens (the last may be
-    shorter). When `causal`, keys after the query inside a named block are hidden as well.
+    Blocks are those of the key slots, so that query `i` (key slot `offset + i`) lies in block `(offset + i) // size`, and the
+    first and the last query block may be cut short.
+
+    Attributes:
+        blocks: `blocks[i]` `[count]` lists, ascending, the key blocks that the `i`-th query block sees.
+        size: queries in a block.
+        keys: key slots in all.
+        causal: keys after the query inside a named block are hidden as well.
+        offset: the key slot of query 0.
+        rule: hides single keys inside the named blocks; None where a named block is seen whole.
+        key_size: keys in a key block, `size` unless given; 1 lists single keys.
     """
 
     blocks: tuple[Int[Tensor, "_"], ...]
@@ -31,46 +48,102 @@ class BlockSparseMask:
     keys: int
     causal: bool = True
     offset: int = 0
+    rule: Rule | None = None
+    key_size: int = 0
+    held: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        last = (self.keys - 1) // self.size
+        if not self.key_size:
+            object.__setattr__(self, "key_size", self.size)
+        last = (self.keys - 1) // self.key_size
         for i, named in enumerate(self.blocks):
             if named.numel() == 0:
                 raise ValueError(
                     f"query block {i} names no key block; every query must see at least one key"
                 )
-            if int(named.min()) < 0 or int(named.max()) > last:
+        if not self.blocks:
+            return
+        lowest = torch.stack([named[0] for named in self.blocks])
+        highest = torch.stack([named[-1] for named in self.blocks])
+        joined = torch.cat(self.blocks)
+        counts = torch.tensor([len(named) for named in self.blocks], device=joined.device)
+        rising = joined[1:] > joined[:-1]
+        rising[counts.cumsum(0)[:-1] - 1] = True
+        bad = ((lowest < 0) | (highest > last)).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise ValueError(
+                f"query block {i} names key blocks {self.blocks[i].tolist()}, expected 0..{last}"
+            )
+        if not bool(rising.all()):
+            at = int((~rising).nonzero()[0]) + 1
+            i = int((counts.cumsum(0) <= at).sum())
+            raise ValueError(
+                f"query block {i} names key blocks {self.blocks[i].tolist()}, expected an ascending list without repeats"
+            )
+        if self.causal:
+            first = torch.tensor([self.first_slot(i) for i in range(len(self.blocks))])
+            late = (lowest.cpu() * self.key_size > first).nonzero()
+            if len(late):
+                i = int(late[0])
                 raise ValueError(
-                    f"query block {i} names key blocks {named.tolist()}, expected 0..{last}"
-                )
-            if self.causal and int(named.min()) * self.size > i * self.size + self.offset:
-                raise ValueError(
-                    f"query block {i} names only later key blocks {named.tolist()}, which a causal pattern hides; "
+                    f"query block {i} names only later key blocks {self.blocks[i].tolist()}, which a causal pattern hides; "
                     "every query must see at least one key"
                 )
 
-    def columns(self, block: int) -> Tensor:
-        """The key slots of one query block, ascending."""
+    def first_slot(self, block: int) -> int:
+        """The key slot of the first query of a block."""
+        return max(self.offset, (self.offset // self.size + block) * self.size)
+
+    def rows(self, block: int, queries: int) -> slice:
+        """The query rows of a block."""
+        start = self.first_slot(block) - self.offset
+        stop = (self.offset // self.size + block + 1) * self.size - self.offset
+        return slice(start, min(stop, queries))
+
+    def columns(self, block: int) -> Int[Tensor, "_"]:
+        """The key slots of the blocks that one query block names, ascending."""
         named = self.blocks[block]
-        slots = (
-            named[:, None] * self.size + torch.arange(self.size, device=named.device)
-        ).flatten()
+        if self.key_size == 1:
+            return named
+        inside = torch.arange(self.key_size, device=named.device)
+        slots = (named[:, None] * self.key_size + inside).flatten()
         return slots[slots < self.keys]
+
+    def visible(
+        self, query: Int[Tensor, "*#rows"], key: Int[Tensor, "*#columns"]
+    ) -> Bool[Tensor, "..."]:
+        """Which keys of named blocks queries see, by their key slots."""
+        seen = torch.ones(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
+        seen = seen.to(key.device)
+        if self.causal:
+            seen = key <= query
+        if self.rule is not None:
+            seen = seen & self.rule(query, key)
+        return seen
 
     def window(self, rows: Tensor) -> Window:
         """The same pattern for the blockwise backend: exact, with the unnamed keys hidden."""
         visible = torch.zeros(len(rows), self.keys, dtype=torch.bool, device=rows.device)
-        for block in torch.unique(rows // self.size).tolist():
-            inside = (rows // self.size) == block
-            visible[inside.nonzero(), self.columns(block)[None, :]] = True
-        if self.causal:
-            visible &= (
-                torch.arange(self.keys, device=rows.device)[None, :]
-                <= (rows + self.offset)[:, None]
-            )
-        lo, hi = int(visible.any(0).nonzero()[0]), int(visible.any(0).nonzero()[-1]) + 1
+        slots = rows + self.offset
+        block_of = slots // self.size - self.offset // self.size
+        for block in torch.unique(block_of).tolist():
+            inside = (block_of == block).nonzero()
+            columns = self.columns(block)[None, :]
+            visible[inside, columns] = self.visible(slots[inside], columns)
+        seen = visible.any(0).nonzero()
+        if not len(seen):
+            return Window(0, 1, 0, ~visible[None, None, :, :1], None, True)
+        lo, hi = int(seen[0]), int(seen[-1]) + 1
         hidden = ~visible[:, lo:hi]
         return Window(lo, hi, lo, hidden[None, None], None, bool(hidden.all(-1).any()))
+
+    def plan(self, queries: int) -> tiles.Plan:
+        """The tiles that compute this pattern for a number of queries, made once."""
+        key = ("plan", queries)
+        if key not in self.held:
+            self.held[key] = tiles.plan(self, queries)
+        return self.held[key]
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -78,37 +151,44 @@ def attend(call: AttentionCall) -> Tensor:
     mask = call.mask
     if not isinstance(mask, BlockSparseMask):
         raise TypeError(f"block_sparse.attend needs a BlockSparseMask, got {type(mask).__name__}")
-    batch, heads, queries, dim = call.query.shape
-    groups, group = call.kv_heads, call.group
-    expected = -(-queries // mask.size)
+    expected = (mask.offset + call.queries - 1) // mask.size - mask.offset // mask.size + 1
     if len(mask.blocks) != expected:
         raise ValueError(
-            f"the pattern names {len(mask.blocks)} query blocks, but {queries} queries make {expected}"
+            f"the pattern names {len(mask.blocks)} query blocks, but {call.queries} queries make {expected}"
         )
-    output = torch.empty(
-        batch,
-        groups,
-        group,
-        queries,
-        call.value.shape[-1],
-        dtype=call.query.dtype,
-        device=call.query.device,
-    )
-    for block in range(expected):
-        rows = slice(block * mask.size, min((block + 1) * mask.size, queries))
-        columns = mask.columns(block)
-        contiguous = int(columns[-1]) - int(columns[0]) + 1 == len(columns)
-        picked = slice(int(columns[0]), int(columns[-1]) + 1) if contiguous else columns
-        key, value = call.key[:, :, picked], call.value[:, :, picked]
-        count = rows.stop - rows.start
-        query = call.query[:, :, rows].reshape(batch, groups, group * count, dim)
-        hidden = None
-        if mask.causal:
-            position = torch.arange(rows.start, rows.stop, device=columns.device) + mask.offset
-            seen = columns[None, :] <= position[:, None]
-            hidden = None if bool(seen.all()) else seen.repeat(group, 1)
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=hidden, scale=call.scaling
+    plan = mask.plan(call.queries)
+    if plan.complete and mask.offset + call.queries <= call.keys:
+        everything = CausalMask(call.keys, mask.offset) if mask.causal else FullMask(call.keys)
+        return dense.attend(replace(call, mask=everything))
+    if not waves.can_attend(call.query, call.key, call.value) or cheaper_dense(call, plan):
+        return dense.attend(replace(call, mask=TensorMask(_additive(mask, call), call.keys)))
+    return waves.attend(call.query, call.key, call.value, plan, call.scaling)
+
+
+def cheaper_dense(call: AttentionCall, plan: tiles.Plan) -> bool:
+    """Whether one masked call of the dense kernel is predicted to take less time than the tiles."""
+    return False
+
+
+def _additive(mask: BlockSparseMask, call: AttentionCall) -> Tensor:
+    """The whole pattern as a mask `[1, 1, queries, keys]`, for short texts; kept."""
+    key = ("additive", call.queries, call.query.dtype)
+    if key not in mask.held:
+        rows = torch.arange(call.queries)
+        window = mask.window(rows)
+        hidden = torch.ones(1, 1, call.queries, call.keys, dtype=torch.bool)
+        seen = window.visible(call.queries, rows.device)
+        hidden[..., window.lo : window.hi] = False if seen is None else ~seen
+        lowest = torch.finfo(call.query.dtype).min
+        mask.held[key] = torch.zeros(hidden.shape, dtype=call.query.dtype).masked_fill_(
+            hidden, lowest
         )
-        output[..., rows, :] = mixed.view(batch, groups, group, count, -1)
-    return output.view(batch, heads, queries, -1)
+    return mask.held[key].to(call.query.device)
+
+
+def from_lists(
+    lists: Sequence[Sequence[int]], size: int, keys: int, **rest: Any
+) -> BlockSparseMask:
+    """A mask from plain lists, sorted and freed of repeats."""
+    blocks = tuple(torch.tensor(sorted(set(named)), dtype=torch.long) for named in lists)
+    return BlockSparseMask(blocks, size, keys, **rest)
