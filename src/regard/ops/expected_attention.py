@@ -50,16 +50,37 @@ def expected_attention(
     return shares.mean(2)
 
 
-def query_moments(
-    query: Float[Tensor, "batch heads rows dim"], valid: Bool[Tensor, "batch rows"]
-) -> tuple[
+Moments = tuple[
     Float[Tensor, " batch"],
     Float[Tensor, "batch heads dim"],
-    Float[Tensor, "batch heads dim dim"],
-]:
-    """How many valid rows there are, their sum, and the sum of their outer products; chunks add up.
+    Float[Tensor, "batch heads dim second"],
+]
+"""Number of queries, their mean, and the sum of the outer products of their deviations from it."""
 
-    In float64: the covariance is a difference of these.
-    """
-    rows = query.double() * valid[:, None, :, None]
-    return valid.sum(-1).double(), rows.sum(2), rows.transpose(-1, -2) @ rows
+
+def query_moments(
+    query: Float[Tensor, "batch heads rows dim"],
+    valid: Bool[Tensor, "batch rows"],
+    covariance: bool = True,
+) -> Moments:
+    """The moments of the valid rows; the outer products are empty (`[batch, heads, dim, 0]`) without `covariance`."""
+    count = valid.sum(-1).to(query.dtype)
+    shown = valid[:, None, :, None]
+    total = torch.where(shown, query, 0).sum(2)
+    mean = total / count.clamp_min(1)[:, None, None]
+    if not covariance:
+        return count, mean, query.new_zeros(*mean.shape, 0)
+    apart = torch.where(shown, query - mean[:, :, None], 0)
+    return count, mean, apart.transpose(-1, -2) @ apart
+
+
+def merge_moments(one: Moments, other: Moments) -> Moments:
+    """The moments of two sets of queries together (Chan et al. 1979)."""
+    count = one[0] + other[0]
+    part = (other[0] / count.clamp_min(1))[:, None, None]
+    step = other[1] - one[1]
+    mean = one[1] + part * step
+    if not one[2].shape[-1]:
+        return count, mean, one[2]
+    apart = (one[0][:, None, None] * part * step)[..., None] * step[..., None, :]
+    return count, mean, one[2] + other[2] + apart
