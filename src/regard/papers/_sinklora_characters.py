@@ -195,4 +195,4 @@ def leaked(model: Any, rows: Int[Tensor, "rows length"], pattern: Method) -> flo
 
 def perplexity(found: dict[str, Any], name: str) -> list[float]:
     """Perplexity per character of one arm, for each seed."""
-    return [math.exp(seed["arms"][name]["loss"]) for seed in found["seeds"]]
+    return [math.exp(seed[name]["loss"]) for seed in found["seeds"]]

@@ -52,7 +52,7 @@ def draw_positions(found: dict[str, Any]) -> Figure:
 
 def course(found: dict[str, Any], name: str, width: int = 32) -> list[float]:
     """Mean loss over seeds in stretches of `width` positions."""
-    mean = torch.tensor([seed["arms"][name]["positions"] for seed in found["seeds"]]).mean(0)
+    mean = torch.tensor([seed[name]["positions"] for seed in found["seeds"]]).mean(0)
     return [float(part.mean()) for part in mean.split(width)]
 
 
@@ -65,7 +65,7 @@ def draw_first_token(found: dict[str, Any], pretrained: dict[str, Any]) -> Figur
         axes[0].plot(pretrained["views"][name], marker=".", label=name)
         if name in pretrained["tuned"]:
             axes[1].plot(pretrained["tuned"][name]["first token"], marker=".", label=name)
-        curves = [seed["arms"][name]["first token"] for seed in found["seeds"]]
+        curves = [seed[name]["first token"] for seed in found["seeds"]]
         axes[2].plot(
             [fmean(values) for values in zip(*curves, strict=True)], marker=".", label=name
         )

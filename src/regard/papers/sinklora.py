@@ -191,59 +191,71 @@ def in_characters(run: Run) -> dict[str, Any]:
     """Every arm for every seed: losses, their course over positions, attention on token 0, the leak."""
     scale = run.pick(
         quick=characters.Scale(base=3, extend=2, rows=2, batch=8),
-        full=characters.Scale(base=250, extend=150, rows=64),
+        full=characters.Scale(base=250, extend=100, rows=32),
     )
     data = characters.corpus()
     held = characters.consecutive(data.held, characters.LONG)[: scale.rows]
     tuning = characters.consecutive(data.tune, characters.LONG)[: scale.rows]
-    bases: dict[int, Any] = {}
+    bases: list[Any] = []
 
-    def base(seed: int) -> Any:
-        if seed not in bases:
-            run.seed(seed)
-            steps = lambda items: run.progress(items, "base model")  # noqa: E731
-            bases[seed] = characters.base_model(data, scale, seed, steps)
-        return bases[seed]
+    def base() -> Any:
+        if not bases:
+            run.seed(0)
+            bases.append(
+                characters.base_model(
+                    data, scale, 0, lambda steps: run.progress(steps, "base model")
+                )
+            )
+        return bases[0]
 
     def tune() -> dict[str, float]:
         rates = run.pick(quick=(1e-3,), full=characters.RATES)
         return {
             f"{rate:g}": characters.losses(
-                characters.extended(base(0), data, scale, "full", 0, rate), tuning
+                characters.extended(base(), data, scale, "full", 0, rate), tuning
             )["loss"]
             for rate in run.progress(rates, "rates")
         }
 
-    def measure(seed: int) -> dict[str, Any]:
-        start = base(seed)
+    def before() -> dict[str, Any]:
+        model = base()
         known = characters.consecutive(data.held, characters.KNOWN)[: 4 * scale.rows]
-        short = characters.losses(start, known)["loss"]
-        beyond = characters.losses(start, held)["loss"]
-        with rope_interpolate(start, characters.LONG // characters.KNOWN):
-            row = held[:1]
-            before = characters.losses(start, held)
-            before["first token"] = characters.first_token(start, held[:8])
-            leaks = [
-                characters.leaked(start, row, S2Attention(leak=leak)) for leak in (True, False)
+        found: dict[str, Any] = {
+            "known": characters.losses(model, known)["loss"],
+            "beyond": characters.losses(model, held)["loss"],
+        }
+        with rope_interpolate(model, characters.LONG // characters.KNOWN):
+            found["none"] = characters.losses(model, held)
+            found["leaks"] = [
+                characters.leaked(model, held[:8], S2Attention(leak=leak)) for leak in (True, False)
             ]
-        arms: dict[str, Any] = {"none": before}
-        for name in run.progress(characters.ARMS, f"arms of seed {seed}"):
-            model = characters.extended(start, data, scale, name, seed, rate)
-            arms[name] = characters.losses(model, held)
-            arms[name]["first token"] = characters.first_token(model, held[:8])
-        return {"known": short, "beyond": beyond, "leaks": leaks, "arms": arms}
+        return found
+
+    def extend(name: str, seed: int) -> dict[str, Any]:
+        run.seed(seed)
+        model = characters.extended(base(), data, scale, name, seed, rate)
+        return characters.losses(model, held) | {
+            "first token": characters.first_token(model, held[:8])
+        }
 
     rates = run.partial("rates", tune)
     rate = float(min(rates, key=rates.__getitem__))
     count = run.pick(quick=1, full=3)
+    start = run.partial("before", before)
     seeds = [
-        run.partial(f"characters/{seed}", lambda seed=seed: measure(seed)) for seed in range(count)
+        {"none": start["none"]}
+        | {
+            name: run.partial(f"{name}/{seed}", lambda name=name, seed=seed: extend(name, seed))
+            for name in run.progress(characters.ARMS, f"patterns, seed {seed}")
+        }
+        for seed in range(count)
     ]
     here = (
         f"4 layers, 4 heads, width 128, {scale.base} steps at {characters.KNOWN} characters; extended to {characters.LONG} in "
-        f"{scale.extend} steps of 2 rows, rate {rate:g}; {len(held)} held-out rows of Python's reference, {count} seeds"
+        f"{scale.extend} steps of 2 rows, rate {rate:g}; {len(held)} held-out rows of Python's reference, {count} seeds of the "
+        "extension"
     )
-    return {"seeds": seeds, "rates": rates, "here": here}
+    return {"seeds": seeds, "rates": rates, "before": start, "here": here}
 
 
 def recovered(found: dict[str, Any], name: str) -> list[float]:
@@ -266,13 +278,13 @@ def ends(values: list[float]) -> tuple[float, float]:
 
 def record_characters(run: Run, found: dict[str, Any]) -> None:
     seeds, here = found["seeds"], found["here"]
-    leak, cut = ([seed["leaks"][i] for seed in seeds] for i in (0, 1))
+    rolled, cut = found["before"]["leaks"]
     run.record(
         "leak",
-        here={"rolled": round(max(leak), 4), "cut": max(cut)},
-        holds=min(leak) > 1e-3 and max(cut) == 0,
+        here={"rolled": round(rolled, 4), "cut": cut},
+        holds=rolled > 1e-3 and cut == 0,
         setting="the character model before extension, S2-Attn at 512 characters, the last 64 replaced",
-        note="largest change of a logit of the first 64 characters, over seeds",
+        note="largest change of a logit of the first 64 characters",
     )
     if run.quick:
         return  # two steps of training gain nothing to recover
@@ -284,7 +296,7 @@ def record_characters(run: Run, found: dict[str, Any]) -> None:
         and table["none"][i] > max(table[name][i] for name in (*arms, "full"))
         for i in range(len(seeds))
     ]
-    beyond, known = (fmean(math.exp(seed[key]) for seed in seeds) for key in ("beyond", "known"))
+    beyond, known = (math.exp(found["before"][key]) for key in ("beyond", "known"))
     run.record(
         "gain",
         here={"no training": means["none"]} | {name: means[name] for name in characters.ARMS},
@@ -360,13 +372,17 @@ def cost(run: Run) -> None:
 def in_smollm2(run: Run) -> dict[str, Any]:
     """Losses of SmolLM2 with its attention replaced, and after fine-tuning."""
     model = run.model()
-    length, steps = run.pick(quick=64, full=1024), run.pick(quick=1, full=12)
-    text = smollm2.read(model.tokenizer, length, steps, run.pick(quick=1, full=3))
+    length, steps = run.pick(quick=64, full=512), run.pick(quick=1, full=20)
+    text = smollm2.read(model.tokenizer, length, steps, run.pick(quick=2, full=4))
     run.seed(0)
+    long = text.held.view(
+        -1, 2 * length
+    )  # replaced attention is measured on rows of twice that length
     swaps = {
-        name: run.partial(f"swap/{name}", lambda name=name: smollm2.swapped(model, text.held, name))
+        name: run.partial(f"swap/{name}", lambda name=name: smollm2.swapped(model, long, name))
         for name in run.progress(run.pick(quick=smollm2.TUNED, full=smollm2.SWAPPED), "patterns")
     }
+    before = run.partial("swap/none", lambda: smollm2.swapped(model, text.held, "full"))
     names = run.pick(quick=("SF",), full=smollm2.TUNED)
     tuned = {
         name: run.partial(
@@ -379,17 +395,21 @@ def in_smollm2(run: Run) -> dict[str, Any]:
     }
 
     def views() -> dict[str, list[float]]:
-        row = text.held[:1]
+        row = long[:1]
         patterns = {"full": None, "S2": S2Attention(), "SF": SFAttention()}
         return {name: characters.first_token(model, row, p) for name, p in patterns.items()}
 
-    here = f"SmolLM2-135M-Instruct (4-bit weights), {len(text.held)} held-out rows of {length} tokens of Python's reference"
+    here = (
+        "SmolLM2-135M-Instruct (4-bit weights), {} held-out rows of {} tokens of Python's reference"
+    )
     return {
         "swaps": swaps,
         "tuned": tuned,
         "views": run.partial("views", views),
         "steps": steps,
-        "here": here,
+        "before": before,
+        "swapped on": here.format(*long.shape),
+        "tuned on": here.format(*text.held.shape),
     }
 
 
@@ -399,12 +419,12 @@ def record_smollm2(run: Run, found: dict[str, Any]) -> None:
         "swapped",
         here={name: round(value, 3) for name, value in means.items()},
         holds=means["full"] < means["SF"] < means["S2"],
-        setting=found["here"],
+        setting=found["swapped on"],
         note="nats per token, nothing trained",
     )
     if run.quick:
         return
-    before, after = found["swaps"]["full"], {n: t["held"] for n, t in found["tuned"].items()}
+    before, after = found["before"], {n: t["held"] for n, t in found["tuned"].items()}
     gain = [s2 - sf for s2, sf in zip(after["S2"], after["SF"], strict=True)]
     trained = ", ".join(
         f"{name} {fmean(t['training'][:4]):.2f} to {fmean(t['training'][-4:]):.2f}"
@@ -415,7 +435,8 @@ def record_smollm2(run: Run, found: dict[str, Any]) -> None:
         here={"before": round(fmean(before), 4)}
         | {f"after {name}": round(fmean(rows), 4) for name, rows in after.items()},
         holds=fmean(gain) > spread(gain) and fmean(gain) > 0,
-        setting=f"{found['here']}; LoRA r = 8, embeddings and norms, {found['steps']} steps of one row, rate {smollm2.RATE:g}",
+        setting=f"{found['tuned on']}; LoRA r = 8 with embeddings and norms, {found['steps']} steps of one row, rate "
+        f"{smollm2.RATE:g}",
         note=f"nats per token under full attention; S2 minus SF: {fmean(gain):.4f}, standard error {spread(gain):.4f} over rows; "
         f"training loss under the pattern, first and last four steps: {trained}; the model knew this length before, so what is "
         "learnt is the text and the pattern",
