@@ -9,7 +9,7 @@ Cost: O(named blocks), or O(named pairs) where a rule hides single keys. Made on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,7 @@ class Plan:
     queries: int
     complete: bool
     bare: bool
+    held: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def pairs(self) -> int:

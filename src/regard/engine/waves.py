@@ -12,8 +12,8 @@ Cost: the kernel's time for the tiles' pairs and one copy of the gathered keys a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +22,38 @@ from regard.engine.tiles import Plan, Wave
 
 WAVE = 1 << 18
 """Gathered key numbers in a wave: few enough to stay in the cache between the copy and the kernel."""
+NEAR = 1 << 20
+"""Key numbers of the heads that are worked on together: few enough that the shared cache holds them with their values."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Chunk(NamedTuple):
-    """Some tiles of a wave for some KV heads."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some tiles of a wave for some KV heads.
+
+    Attributes:
+        units: the KV heads.
+        rows: their query rows, a slice where the tiles are neighbours.
+        blocks: the key blocks (of `wave.unit` keys) of all tiles, one after the other.
+        run: the first key slot of the first tile and the step to the next, where the tiles' keys are evenly spaced runs.
+    """
 
     wave: Wave
     units: slice
     tiles: slice
+    rows: slice | Tensor
+    blocks: Tensor
+    run: tuple[int, int] | None
+
+    @property
+    def count(self) -> int:
+        return self.tiles.stop - self.tiles.start
+
+    @property
+    def masked(self) -> bool:
+        return self.wave.diagonal or self.wave.hidden is not None
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -50,16 +71,41 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float
     return output.view(batch, heads, queries, dim)
 
 
-def chunks(plan: Plan, units: int, dim: int) -> Iterator[Chunk]:
-    """The order of work: few KV heads at a time, so that their keys and values stay near, all their tiles in turn."""
-    each = sum(wave.slots.numel() * wave.unit for wave in plan.waves) * dim
-    together = max(1, WAVE // max(each, 1))
+def chunks(plan: Plan, units: int, group: int, keys: int, dim: int) -> list[Chunk]:
+    """The order of work: few KV heads at a time, so that their keys and values stay near, all their tiles in turn; kept."""
+    known = plan.held.get((units, group, dim))
+    if known is not None:
+        return known
+    found: list[Chunk] = []
+    together = max(1, NEAR // (keys * dim))
     for first in range(0, units, together):
-        here = slice(first, min(first + together, units))
+        last = min(first + together, units)
         for wave in plan.waves:
-            step = max(1, WAVE // (wave.width * dim * (here.stop - here.start)))
-            for start in range(0, len(wave.rows), step):
-                yield Chunk(wave, here, slice(start, min(start + step, len(wave.rows))))
+            count = len(wave.rows)
+            room = max(1, WAVE // (wave.width * dim))
+            heads = max(1, room // count)
+            if group > 1 and (wave.diagonal or wave.hidden is not None):
+                heads = 1  # the keys of a masked tile are shared by a group of heads as a view
+            for unit in range(first, last, heads):
+                here = slice(unit, min(unit + heads, last))
+                step = max(1, room // (here.stop - here.start))
+                for start in range(0, count, step):
+                    found.append(_chunk(wave, here, slice(start, min(start + step, count))))
+    plan.held[units, group, dim] = found
+    return found
+
+
+def _chunk(wave: Wave, units: slice, tiles: slice) -> Chunk:
+    starts, height, slots = wave.rows[tiles], wave.height, wave.slots[tiles]
+    rows: slice | Tensor = slice(starts[0], starts[-1] + height)
+    if starts[-1] - starts[0] != (len(starts) - 1) * height:
+        rows = (torch.tensor(starts)[:, None] + torch.arange(height)).flatten()
+    first = slots[:, 0]
+    step = int(first[1] - first[0]) if len(first) > 1 else 0
+    even = slots[0, 0] + step * torch.arange(len(first))[:, None]
+    even = even + wave.unit * torch.arange(slots.shape[1])
+    run = (int(first[0]), step) if torch.equal(even, slots) else None
+    return Chunk(wave, units, tiles, rows, slots.flatten() // wave.unit, run)
 
 
 class _Waves(torch.autograd.Function):
@@ -75,19 +121,21 @@ class _Waves(torch.autograd.Function):
         total = start(query.shape[:-1], dtype=exact)
         if plan.bare:
             total.fill_(float("-inf"))
-        for chunk in chunks(plan, len(query), query.shape[-1]):
+        for chunk in chunks(plan, *query.shape[:2], *key.shape[1:]):
             q, k, v, mask = _operands(chunk, query, key, value)
-            diagonal = chunk.wave.diagonal
-            out, lse = _forward(q, k, v, 0.0, diagonal, attn_mask=mask, scale=scaling)
+            out, lse = _forward(q, k, v, 0.0, chunk.wave.diagonal, attn_mask=mask, scale=scaling)
             out = _unfold(out.to(exact), chunk, query.shape[1])
             lse = _unfold(lse[..., None], chunk, query.shape[1])[..., 0]
             if chunk.wave.fresh:
                 _put(output, chunk, out)
                 _put(total, chunk, lse)
-            else:
-                held, sum_ = _take(output, chunk), _take(total, chunk)
-                _put(output, chunk, held.lerp_(out, torch.sigmoid(lse - sum_)[..., None]))
-                _put(total, chunk, torch.logaddexp(sum_, lse))
+                continue
+            held, sum_ = _take(output, chunk), _take(total, chunk)
+            held.lerp_(out, torch.sigmoid(lse - sum_)[..., None])
+            torch.logaddexp(sum_, lse, out=sum_)
+            if not isinstance(chunk.rows, slice):
+                _put(output, chunk, held)
+                _put(total, chunk, sum_)
         if any(wave.hidden is not None for wave in plan.waves):
             output.masked_fill_((total < _lowest(query.dtype) / 2)[..., None], 0)
         result = output.to(query.dtype)
@@ -102,55 +150,52 @@ class _Waves(torch.autograd.Function):
         plan: Plan = ctx.plan
         gradient = gradient.masked_fill((total < _lowest(query.dtype) / 2)[..., None], 0)
         grads = tuple(torch.zeros_like(t, dtype=total.dtype) for t in (query, key, value))
-        for chunk in chunks(plan, len(query), query.shape[-1]):
-            wave, units = chunk.wave, chunk.units
+        for chunk in chunks(plan, *query.shape[:2], *key.shape[1:]):
             q, k, v, mask = _operands(chunk, query, key, value)
             out, grad = (_fold(_take(t, chunk), chunk) for t in (output, gradient))
             lse = _fold(_take(total, chunk)[..., None], chunk)[..., 0]
             to_q, to_k, to_v = _backward(
-                grad, q, k, v, out, lse, 0.0, wave.diagonal, attn_mask=mask, scale=ctx.scaling
+                *(grad, q, k, v, out, lse, 0.0, chunk.wave.diagonal),
+                attn_mask=mask,
+                scale=ctx.scaling,
             )
             held = _take(grads[0], chunk)
-            _put(grads[0], chunk, held + _unfold(to_q, chunk, query.shape[1]))
-            runs = wave.slots[chunk.tiles].flatten() // wave.unit
+            held += _unfold(to_q, chunk, query.shape[1])
+            if not isinstance(chunk.rows, slice):
+                _put(grads[0], chunk, held)
             for whole, part in ((grads[1], to_k), (grads[2], to_v)):
-                part = part.sum(1, dtype=whole.dtype)
-                part = part.view(units.stop - units.start, len(runs), -1)
-                _blocks(whole, wave.unit)[units].index_add_(1, runs, part)
+                units = chunk.units.stop - chunk.units.start
+                part = part.unflatten(1, (units, -1)).sum(2, dtype=whole.dtype).transpose(0, 1)
+                part = part.reshape(units, len(chunk.blocks), -1)
+                _blocks(whole, chunk.wave.unit)[chunk.units].index_add_(1, chunk.blocks, part)
         return *(g.to(query.dtype) for g in grads), None, None
 
 
 def _operands(
     chunk: Chunk, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The kernel's query, key, value `[units * tiles, group | 1, rows, dim]` and additive mask."""
-    wave, units, tiles = chunk
+    """The kernel's query, key, value `[tiles, heads, rows, dim]` and additive mask `[tiles, 1, rows, width]`."""
     q = _fold(_take(query, chunk), chunk)
     k, v = (_gather(t, chunk) for t in (key, value))
-    if wave.diagonal or wave.hidden is not None:
-        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    if wave.hidden is None:
+    if chunk.masked and query.shape[1] > 1:
+        k, v = (t.expand(-1, query.shape[1], -1, -1) for t in (k, v))
+    if chunk.wave.hidden is None:
         return q, k, v, None
-    mask = torch.zeros(wave.hidden[tiles].shape, dtype=query.dtype)
-    mask = mask.masked_fill_(wave.hidden[tiles], _lowest(query.dtype))
-    return q, k, v, mask.repeat(units.stop - units.start, 1, 1)[:, None]
+    hidden = chunk.wave.hidden[chunk.tiles]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, _lowest(query.dtype))
+    return q, k, v, mask[:, None]
 
 
 def _gather(tensor: Tensor, chunk: Chunk) -> Tensor:
-    """The keys (or values) of a chunk's tiles, `[units * tiles, 1, width, dim]`."""
-    wave, units, tiles = chunk
-    slots, width, dim = wave.slots[tiles], wave.width, tensor.shape[-1]
-    starts = slots[:, 0].tolist()
-    step = starts[1] - starts[0] if len(starts) > 1 else 0
-    run = torch.arange(slots.shape[1]) * wave.unit
-    even = starts == [starts[0] + i * step for i in range(len(starts))]
-    if units.stop - units.start == 1 and even and bool((slots - slots[:, :1] == run).all()):
-        own = tensor[units.start]
-        offset = own.storage_offset() + starts[0] * dim
-        shape, strides = (len(starts), 1, width, dim), (step * dim, 0, dim, 1)
-        return own.as_strided(shape, strides, offset)
-    picked = _blocks(tensor, wave.unit)[units].index_select(1, slots.flatten() // wave.unit)
-    return picked.view(-1, 1, width, dim)
+    """The keys (or values) of a chunk's tiles, `[tiles, units, width, dim]`."""
+    here, count, dim = tensor[chunk.units], chunk.count, tensor.shape[-1]
+    if chunk.run is not None:
+        start, step = chunk.run
+        shape = (count, len(here), chunk.wave.width, dim)
+        strides = (step * dim, here.stride(0), dim, 1)
+        return here.as_strided(shape, strides, here.storage_offset() + start * dim)
+    picked = _blocks(here, chunk.wave.unit).index_select(1, chunk.blocks)
+    return picked.view(len(here), count, chunk.wave.width, dim).transpose(0, 1)
 
 
 def _blocks(tensor: Tensor, unit: int) -> Tensor:
@@ -159,47 +204,33 @@ def _blocks(tensor: Tensor, unit: int) -> Tensor:
     return tensor[:, : count * unit].unflatten(1, (count, unit)).flatten(2)
 
 
-def _span(chunk: Chunk) -> slice | None:
-    """The query rows of a chunk as one slice, None where its tiles are not next to each other."""
-    rows, height = chunk.wave.rows[chunk.tiles], chunk.wave.height
-    together = rows[-1] - rows[0] == (len(rows) - 1) * height
-    return slice(rows[0], rows[-1] + height) if together else None
-
-
-def _rows(chunk: Chunk) -> Tensor:
-    starts = torch.tensor(chunk.wave.rows[chunk.tiles])
-    return (starts[:, None] + torch.arange(chunk.wave.height)).flatten()
-
-
 def _take(tensor: Tensor, chunk: Chunk) -> Tensor:
-    """`[units, group, tiles, height, ...]` of `[units, group, queries, ...]`; a view where it can be."""
-    span = _span(chunk)
-    rows = span if span is not None else _rows(chunk)
-    shape = (len(chunk.wave.rows[chunk.tiles]), chunk.wave.height)
-    return tensor[chunk.units, :, rows].unflatten(2, shape)
+    """`[units, group, tiles, height, ...]` of `[units, group, queries, ...]`; a view where the tiles are neighbours."""
+    return tensor[chunk.units, :, chunk.rows].unflatten(2, (chunk.count, chunk.wave.height))
 
 
 def _put(tensor: Tensor, chunk: Chunk, part: Tensor) -> None:
-    """Writes what `_take` read."""
-    span = _span(chunk)
-    rows = span if span is not None else _rows(chunk)
-    tensor[chunk.units, :, rows] = part.flatten(2, 3)
+    """Writes to the rows that `_take` reads."""
+    if isinstance(chunk.rows, slice):
+        _take(tensor, chunk).copy_(part)
+    else:
+        tensor[chunk.units, :, chunk.rows] = part.flatten(2, 3)
 
 
 def _fold(part: Tensor, chunk: Chunk) -> Tensor:
-    """`[units * tiles, heads, rows, dim]` for the kernel: the group in the rows, or as heads where a mask is per row."""
+    """`[tiles, heads, rows, dim]` for the kernel: the group in the rows, or as heads where a mask is per row."""
     units, group, tiles, height, dim = part.shape
-    part = part.transpose(1, 2)
-    if chunk.wave.diagonal or chunk.wave.hidden is not None:
-        return part.reshape(units * tiles, group, height, dim)
-    return part.reshape(units * tiles, 1, group * height, dim)
+    part = part.permute(2, 0, 1, 3, 4)
+    if chunk.masked:
+        return part.reshape(tiles, units * group, height, dim)
+    return part.reshape(tiles, units, group * height, dim)
 
 
 def _unfold(part: Tensor, chunk: Chunk, group: int) -> Tensor:
     """The inverse of `_fold`."""
-    units, tiles = chunk.units.stop - chunk.units.start, len(chunk.wave.rows[chunk.tiles])
-    shape = (units, tiles, group, chunk.wave.height, part.shape[-1])
-    return part.reshape(shape).transpose(1, 2)
+    units = chunk.units.stop - chunk.units.start
+    shape = (chunk.count, units, group, chunk.wave.height, part.shape[-1])
+    return part.reshape(shape).permute(1, 2, 0, 3, 4)
 
 
 def _lowest(dtype: torch.dtype) -> float:
