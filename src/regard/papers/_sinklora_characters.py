@@ -49,9 +49,9 @@ class Scale:
 class Corpus:
     """Character ids of Python's reference; id 0 opens every row. No paragraph of `held` occurs in `train`."""
 
-    train: Int[Tensor, "characters"]
-    tune: Int[Tensor, "characters"]
-    held: Int[Tensor, "characters"]
+    train: Int[Tensor, "train"]
+    tune: Int[Tensor, "tune"]
+    held: Int[Tensor, "held"]
     vocabulary: int
 
 
