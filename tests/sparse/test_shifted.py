@@ -278,3 +278,32 @@ def test_groups_too_small_for_the_sinks_say_so():
         regard.attach(model, SFAttention()),
     ):
         model(torch.randint(64, (1, 16)))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_patterns_show_what_both_show(order):
+    from regard.sparse import Power
+
+    model, tokens = llama(), torch.randint(64, (1, 48))
+    shifted, power = SFAttention(leak=False), Power(block=4)
+
+    class Seen(Method):
+        def __init__(self) -> None:
+            self.maps: list[Tensor] = []
+
+        def before(self, call: AttentionCall) -> None:
+            self.maps.append(torch.zeros(1, call.heads, call.queries, call.keys).bool())
+
+        def weights(self, block: Block) -> Tensor:
+            self.maps[-1][:, :, block.rows, block.keys] = block.weights > 0
+            return block.weights
+
+    def run(*methods: Method) -> Tensor:
+        with torch.no_grad(), regard.attach(model, *methods):
+            return model(tokens).logits
+
+    alone = Seen()
+    run(power, alone)
+    both = pairs(shifted, 6, 48, 12) & alone.maps[0]
+    found = run(*(shifted, power)[::order])
+    torch.testing.assert_close(found, run(Dense(both)), rtol=0, atol=1e-9)
