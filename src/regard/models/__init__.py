@@ -1,0 +1,1 @@
+"""Complete systems, by domain: each with `fit`, `generate` or `predict`, and `evaluate`."""
