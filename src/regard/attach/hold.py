@@ -23,8 +23,8 @@ _HOLDS: WeakKeyDictionary[nn.Module, Hold] = WeakKeyDictionary()
 class Held(Protocol):
     """What the attention function asks of the cache whose keys it was given (`key.held`)."""
 
-    def check(self, value: Tensor) -> None:
-        """Raises AttachError unless `value` is the tensor that came out of the cache with the key."""
+    def lost(self, what: str) -> None:
+        """The keys came with other values than the cache gave; raises AttachError where these were stand-ins."""
 
     def decode(
         self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float
@@ -72,10 +72,11 @@ class Hold(Session):
     def _called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module not in self._parts:  # a copy of the model, which took the hooks along
             return
-        listener = listener_of(arguments_of(module, args, kwargs))
+        given = arguments_of(module, args, kwargs) if args else kwargs
+        listener = listener_of(given)
         self._listeners.append(listener)
         if listener is not None:
-            listener.entering(arguments_of(module, args, kwargs))
+            listener.entering(given)
 
     def _returned(self, module: nn.Module, args: tuple, output: object) -> None:
         if module not in self._parts or not self._listeners:
@@ -83,9 +84,6 @@ class Hold(Session):
         listener = self._listeners.pop()
         if listener is not None:
             listener.leaving(failed=output is None)
-
-    def _leaving(self, module: nn.Module, args: tuple, output: object) -> None:
-        self._masks = {}
 
 
 def listener_of(arguments: dict[str, Any]) -> Listener | None:

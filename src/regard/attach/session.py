@@ -124,7 +124,7 @@ class Session:
                     self._hook_attention()
                 if self.pipeline["residual"] or self.pipeline["neurons"]:
                     self._handles += self._stream.register()
-                if self.methods or self.holds:
+                if self.methods:
                     enter, leave = map(compat.untraced, (self._entering, self._leaving))
                     self._handles += [
                         self.model.register_forward_pre_hook(enter, with_kwargs=True),

@@ -67,8 +67,10 @@ def attention(
         attention_mask = _named_keys(attention_mask, indices, key.shape[2])
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     held = getattr(key, "held", None)
+    if held is not None and getattr(value, "held", None) is not held:
+        held.lost("values")
+        held = None
     if held is not None:
-        held.check(value)
         more = (softcap, s_aux, sinks, position_bias, indices, block_indices)
         if not dropout and all(argument is None for argument in more) and not observed(module):
             output = held.decode(module, query, attention_mask, scale)

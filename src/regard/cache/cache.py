@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache as TransformersCache
 
-from regard._errors import AttachError, InputError
+from regard._errors import InputError
 from regard.attach.hold import hold
 from regard.cache.budget import Budget, Room, tokens_of
 from regard.cache.layer import Layer
 from regard.cache.models import cache_argument, make_layers, takes
 from regard.cache.scorer import Scorer
-from regard.cache.seam import Tag, changed
+from regard.cache.seam import Tag
 from regard.cache.store import Ragged
 from regard.engine import AttentionCall
 
@@ -266,8 +266,7 @@ class Cache(TransformersCache):
         tag, self._tag = self._tag, None
         if tag is None or not tag.open:
             return
-        if tag.layer.evicts or not tag.layer.contiguous:
-            raise AttachError(changed(tag.layer.index, "keys"))
+        tag.lost("keys")
         tag.open = False
         tag.layer.settle(None, tag.tokens)
 
@@ -301,7 +300,7 @@ class Cache(TransformersCache):
             layer.steps += 1
             if self.every is None or layer.steps % self.every:
                 return
-        if self.budget.scope == "layer":
+        if self.budget.scope == "layer" or (decoding and self.budget.scope == "cascade"):
             self._evict([layer], decoding)
         elif self.budget.scope == "cascade":
             self._evict([one for one in self.held if one.index <= layer.index], decoding)
@@ -347,18 +346,22 @@ class Cache(TransformersCache):
         tokens = self.allowed(layers[-1])
         if bool((tokens >= layers[-1].real).all()):
             return
-        scores, protected = [], []
+        scores, protected, shields = [], [], []
         for layer in layers:
             first, newest = self._protected(layer, tokens)
             given = self.scorer.score(layer)
             scores.append(_shielded(given, layer, first, newest))
             wanted = (first + newest).to(layer.lengths)[:, None]
             protected.append(torch.minimum(wanted.expand_as(layer.lengths), layer.lengths))
+            shields.append((first[:, None].clamp(min=1), newest[:, None]))
         room = Room(tokens, layers, len(self.held), protected, decoding)
         counts = self.budget.counts(scores, room)
-        for layer, score, count, least in zip(layers, scores, counts, protected, strict=True):
-            count = torch.minimum(torch.maximum(count.cpu(), least.clamp(min=1)), layer.lengths)
-            layer.keep(best(score, count.to(score.device)))
+        for layer, score, count, (first, newest) in zip(
+            layers, scores, counts, shields, strict=True
+        ):
+            count = torch.minimum(torch.maximum(count.cpu(), first), layer.lengths)
+            recent = torch.maximum((count * self.scorer.recent).long(), newest)
+            layer.keep(best(_graded(score, layer, first, recent), count.to(score.device)))
 
     def _protected(
         self, layer: Layer, tokens: Int[Tensor, "batch"]
@@ -481,6 +484,24 @@ def _shielded(
     shield = (slots < start + first[:, None, None]) | (slots >= held - newest[:, None, None])
     scores = scores.float().masked_fill(shield.to(scores.device), float("inf"))
     return scores.masked_fill(~layer.rows.filled, float("-inf"))
+
+
+def _graded(
+    scores: Float[Tensor, "batch kv_heads held"],
+    layer: Layer,
+    first: Int[Tensor, "batch 1"],
+    recent: Int[Tensor, "batch kv_heads"],
+) -> Float[Tensor, "batch kv_heads held"]:
+    """Scores with the first slots above all, then the newest, newer above older: a head that may keep fewer than these two keeps
+    its sinks, then its newest."""
+    held = layer.rows.held
+    slots = torch.arange(held)
+    sinks = slots < held - layer.lengths[..., None] + first[..., None]
+    newest = (slots >= held - recent[..., None]).to(scores.device) & layer.rows.filled
+    graded = scores.double().clamp(max=1e300)
+    graded = torch.where(newest, 1e301 * (1 + slots.to(graded)), graded)
+    graded = graded.masked_fill(sinks.to(scores.device), float("inf"))
+    return graded.masked_fill(~layer.rows.filled, float("-inf"))
 
 
 def best(

@@ -67,6 +67,7 @@ class Layer(CacheLayerMixin):
         self.steps = 0
         self.real = torch.zeros(0, dtype=torch.long)
         self.contiguous = True
+        self._fresh = 0
         self._padding: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -95,6 +96,7 @@ class Layer(CacheLayerMixin):
     @property
     def positions(self) -> Int[Tensor, "batch kv_heads held"]:
         if not self.contiguous:
+            self._complete()
             found = self.rows.column("position")
             return found if self.rows.equal else found.masked_fill(~self.rows.filled, -1)
         held = torch.arange(self.seen - self.rows.held, self.seen, dtype=torch.int32)
@@ -122,7 +124,8 @@ class Layer(CacheLayerMixin):
     @property
     def slot_bytes(self) -> int:
         """Bytes of one held slot of one KV head."""
-        return self.rows.slot_bytes + (4 if self.contiguous else 0)
+        pair = self.keys[..., 0, :].nbytes + self.values[..., 0, :].nbytes  # type: ignore[index,union-attr]
+        return pair // len(self.rows.sizes) + 4 + 4 * len(self.fills)
 
     # growing and shrinking
 
@@ -137,8 +140,8 @@ class Layer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Adds new tokens; returns keys and values as far as the model may look at them.
 
-        While nothing has been dropped these are what is held. Afterwards they are stand-ins with the logical shape and no
-        memory of their own, which only regard's attention function can read.
+        While nothing has been dropped these are what is held. Afterwards they are stand-ins with the logical shape, no memory
+        and NaN for every number: regard's attention function puts the held ones in their place, anything else shows.
         """
         if self.rows is None:
             Layer.lazy_initialization(self, key_states, value_states)
@@ -150,18 +153,36 @@ class Layer(CacheLayerMixin):
                 f"{batch} rows with {heads}; use one cache for one batch (cache.branch() copies it)"
             )
         new = {"key": key_states.detach(), "value": value_states.detach()}
-        shape = (batch, heads, tokens)
-        if not self.contiguous:
-            now = torch.arange(self.seen, self.seen + tokens, dtype=torch.int32)
-            new["position"] = now.to(self.device).expand(shape)
-        for name, fill in self.fills.items():
-            new[name] = torch.full((1, 1, 1), fill, device=self.device).expand(shape)
         self.rows.append(**new)
+        self._fresh += tokens
         self.seen += tokens
         if self.contiguous:
             return self.rows.column("key"), self.rows.column("value")
-        shape = (batch, heads, self.seen, -1)
-        return key_states[:, :, :1].expand(shape), value_states[:, :, :1].expand(shape)
+        nothing = torch.full((1, 1, 1, 1), torch.nan, dtype=key_states.dtype, device=self.device)
+        shape = (batch, heads, self.seen)
+        return (
+            nothing.expand(*shape, key_states.shape[-1]),
+            nothing.expand(*shape, value_states.shape[-1]),
+        )
+
+    def _complete(self) -> None:
+        """Writes positions and starting statistics of the tokens that came since the last time."""
+        rows, new = self.rows, min(self._fresh, self.rows.held)
+        if not new:
+            return
+        self._fresh = 0
+        shape = (rows.batch, rows.heads, new)
+        if not self.contiguous:
+            now = torch.arange(self.seen - new, self.seen, dtype=torch.int32, device=self.device)
+            rows.write_newest("position", now.expand(shape))
+        for name, fill in self.fills.items():
+            if name not in rows.columns:
+                shape = (rows.batch, rows.heads, rows.held)
+            values = torch.full((1, 1, 1), fill, device=self.device).expand(shape)
+            if name in rows.columns:
+                rows.write_newest(name, values)
+            else:
+                rows.add_column(name, values)
 
     def settle(self, valid: Bool[Tensor, "batch new"] | None, new: int) -> None:
         """Ends a call: counts its real tokens and drops its padding, and what a sliding window has left behind."""
@@ -196,6 +217,7 @@ class Layer(CacheLayerMixin):
         """Drops all other slots, with their positions and statistics, and gives their memory back."""
         if bool((kept | ~self.rows.filled).all()):
             return
+        self._complete()
         if self.contiguous:
             self.rows.add_column("position", self.positions.contiguous())
             self.contiguous = False
@@ -253,6 +275,7 @@ class Layer(CacheLayerMixin):
                 )
             if self.contiguous:
                 self.rows.drop_back(count)
+                self._fresh = max(0, self._fresh - count)
             else:
                 self.keep(self.positions < self.seen - count)
             self.real = (self.real - count).clamp(min=0)
@@ -295,11 +318,13 @@ class Slots(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Float[Tensor, "batch kv_heads held"]:
         if name not in self._layer.fills:
             raise KeyError(name)
+        self._layer._complete()
         return self._layer.rows.column(name)
 
     def __setitem__(self, name: str, value: Float[Tensor, "batch kv_heads held"]) -> None:
         if name not in self._layer.fills:
             raise KeyError(f"{name!r} is not among the scorer's slots {sorted(self._layer.fills)}")
+        self._layer._complete()
         self._layer.rows.write(name, value)
 
     def __delitem__(self, name: str) -> None:

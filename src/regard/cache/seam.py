@@ -34,10 +34,16 @@ class Tag:
         self.seen = layer.seen
         self.open = True
 
-    def check(self, value: Tensor) -> None:
-        """Key and value must both come from this update."""
-        if getattr(value, "held", None) is not self and not self.layer.contiguous:
-            raise AttachError(changed(self.layer.index, "values"))
+    def lost(self, what: str) -> None:
+        """The model made other tensors of what the cache gave: fine while these were plain keys and values."""
+        layer = self.layer
+        if layer.evicts:
+            raise AttachError(changed(layer.index, what))
+        if not layer.contiguous:
+            raise AttachError(
+                f"layer {layer.index} computes with the {what} that the cache gave, and their padding was dropped; "
+                "this architecture works with regard.cache.Full on unpadded input only"
+            )
 
     def decode(
         self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float
@@ -76,6 +82,11 @@ class Tag:
         call.valid = valid
         if layer.contiguous and not layer.evicts:
             return call
+        if not layer.contiguous:
+            for made in (mask, call.bias):
+                # stand-ins are NaN, and so is what a model computes from them
+                if made is not None and made.is_floating_point() and bool(made.isnan().any()):
+                    self.lost("values")
         held = layer.rows.held
         key, value = layer.keys, layer.values
         assert key is not None and value is not None
@@ -139,9 +150,12 @@ def visible(layer: Layer, call: AttentionCall, mask: Tensor | None) -> Mask:
     plain = mask is None or (
         isinstance(mask, DeferredMask) and mask.past and _same_padding(layer, mask, queries)
     )
+    everything = queries == 1 or (mask is None and isinstance(call.mask, FullMask))
     if plain and layer.rows.equal:
-        return FullMask(held) if queries == 1 else CausalMask(held, held - queries)
+        return FullMask(held) if everything else CausalMask(held, held - queries)
     filled = layer.rows.filled[:, :, None]
+    if plain and everything:
+        return TensorMask(_per_head(filled, call.query), held)
     if isinstance(mask, DeferredMask):
         return TensorMask(_per_head(mask.at(layer.positions) & filled, call.query), held)
     if mask is not None:

@@ -12,7 +12,6 @@ Where a rectangular tensor is asked for, rows are aligned at their ends: padding
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +82,6 @@ class Rows:
         """Bytes of all buffers, free slots included."""
         return sum(column.nbytes for column in self.columns.values())
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot of one row."""
-        return sum(
-            math.prod(column.shape[1:]) * column.element_size() for column in self.columns.values()
-        )
-
     def column(self, name: str) -> Tensor:
         """`[batch, heads, held, ...]`: a view when all rows are equally long, else a copy with zeros as padding."""
         flat = self.columns[name]
@@ -106,8 +98,9 @@ class Rows:
         return self.starts[0]
 
     def _view(self, flat: Tensor, batch: int | None = None) -> Tensor:
-        width = self._first + self.held + self.room
-        return flat.view(batch or self.batch, self.heads, width, *flat.shape[1:])
+        batch = batch or self.batch
+        width = flat.shape[0] // (batch * self.heads)
+        return flat.view(batch, self.heads, width, *flat.shape[1:])
 
     def _padded_index(self) -> Tensor:
         """`[batch * heads, held]`: where each slot of a rectangular column lies; padding points at the row's start."""
@@ -122,26 +115,27 @@ class Rows:
         return self._index
 
     def append(self, **new: Tensor) -> None:
-        """Adds the tokens `[batch, heads, tokens, ...]` of every column at the end of all rows."""
+        """Adds tokens `[batch, heads, tokens, ...]` at the end of all rows; columns that are not given get no value yet."""
         tokens = next(iter(new.values())).shape[2]
-        for name, values in new.items():
-            if name not in self.columns:
-                # a column without slots: it gets the others' room below
-                self.columns[name] = values.new_empty((0, *values.shape[3:]))
+        if not self.columns:
+            self.columns = {
+                name: values.new_empty((0, *values.shape[3:])) for name, values in new.items()
+            }
         if self.room < tokens:
             self._grow(tokens)
+        ends = None
         if self.equal:
             first = self._first + self.held
             for name, values in new.items():
-                self._view(self.columns[name])[:, :, first : first + tokens] = values
+                self._view(self.columns[name]).narrow(2, first, tokens).copy_(values)
         else:
-            index = self._ends_index()
+            ends = self._ends_index()
+            index = ends
             if tokens > 1:
-                index = (index[:, None] + torch.arange(tokens, device=index.device)).flatten()
+                index = (ends[:, None] + torch.arange(tokens, device=ends.device)).flatten()
             for name, values in new.items():
                 flat = self.columns[name]
                 flat.index_copy_(0, index, values.reshape(-1, *flat.shape[1:]).to(flat.dtype))
-        ends = self._ends
         self._place(self.starts, [size + tokens for size in self.sizes])
         self._ends = None if ends is None else ends + tokens
         self.room -= tokens
@@ -181,6 +175,15 @@ class Rows:
         flat = values.new_zeros((slots, *values.shape[3:]))
         flat[self._padded_index()[self.filled.flatten(0, 1)]] = values[self.filled]
         self.columns[name] = flat
+
+    def write_newest(self, name: str, values: Tensor) -> None:
+        """Fills the newest slots of every row of a column, `[batch, heads, newest, ...]`."""
+        newest, flat = values.shape[2], self.columns[name]
+        if self.equal:
+            self.column(name)[:, :, -newest:] = values
+        else:
+            index = self._ends_index()[:, None] + torch.arange(-newest, 0, device=self._device)
+            flat.index_copy_(0, index.flatten(), values.reshape(-1, *flat.shape[1:]).to(flat.dtype))
 
     def write(self, name: str, values: Tensor) -> None:
         """Replaces a column by a rectangle `[batch, heads, held, ...]`."""
