@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+import transformers as hf
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -307,3 +310,48 @@ def test_two_patterns_show_what_both_show(order):
     both = pairs(shifted, 6, 48, 12) & alone.maps[0]
     found = run(*(shifted, power)[::order])
     torch.testing.assert_close(found, run(Dense(both)), rtol=0, atol=1e-9)
+
+
+def test_greedy_tokens_are_the_same_with_and_without_a_cache():
+    model, tokens = llama(), torch.randint(2, 64, (2, 20))
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), regard.attach(model, SFAttention(8, leak=False)):
+        cached = model.generate(tokens, use_cache=True, **settings)
+        whole = model.generate(tokens, use_cache=False, **settings)
+    assert torch.equal(cached, whole)
+
+
+GROUPED = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GROUPED, sliding_window=6)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_give_the_same_from_both_backends_in_a_padded_batch(family, dtype):
+    class Reader(Method):
+        def weights(self, block: Block) -> Tensor:
+            return block.weights
+
+    torch.manual_seed(0)
+    model, pattern = FAMILIES[family]().eval().to(dtype), SFAttention(8, leak=False)
+    tokens, mask = torch.randint(2, 64, (2, 26)), torch.ones(2, 26, dtype=torch.long)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        plain = model(tokens, attention_mask=mask).logits[mask.bool()]
+        with regard.attach(model, pattern):
+            grouped = model(tokens, attention_mask=mask).logits[mask.bool()]
+        with regard.attach(model, pattern, Reader()):
+            blockwise = model(tokens, attention_mask=mask).logits[mask.bool()]
+    bound = 1e-4 if dtype == torch.float32 else 0.1 * float(plain.abs().max())
+    torch.testing.assert_close(grouped, blockwise, rtol=0, atol=bound)
+    assert float((grouped - plain).abs().max()) > 1e-3
