@@ -31,7 +31,7 @@ class Room:
         tokens: `[batch]`, how many slots a KV head may keep on average over all layers, sinks and window included.
         layers: the layers asked about, in the model's order; `layers[i].index` is the layer's number in the model.
         total: how many layers the budget is for in all (more than `layers` while a prefill is still under way).
-        protected: for each of `layers`, `[batch, kv_heads]`: slots kept in any case (sinks and window).
+        protected: for each of `layers`, `[batch, kv_heads]`: slots kept before all others (sinks and window).
         decoding: whether this is a decoding step (one new token a row) rather than a prompt or a part of one.
     """
 
@@ -49,7 +49,7 @@ class Budget:
     Attributes:
         size: a fraction in (0, 1] of the tokens seen, a number of tokens per KV head, or bytes such as "64MB".
         scope: "layer": each layer is asked about alone, as soon as it has run; "cascade": after each layer, all layers so
-            far are asked about again; "model": all layers at once, when the last one has run.
+            far are asked about again (while decoding, each alone); "model": all layers at once, when the last one has run.
     """
 
     size: float | int | str
@@ -64,7 +64,8 @@ class Budget:
         """How many slots each KV head keeps, for each of `room.layers`, protected ones included.
 
         `scores` are the scorer's with +inf at protected slots and -inf at slots that hold nothing. The cache keeps the best
-        `counts` slots of every head; counts are brought into `[protected, held]` but not moved between heads.
+        `counts` slots of every head: its sinks, then its newest slots, then by score. Counts are brought into `[sinks, held]`
+        but not moved between heads.
         """
         raise NotImplementedError(f"{type(self).__name__} has no counts")
 

@@ -152,21 +152,31 @@ class CakePreference(Budget):
                 "CakePreference needs a scorer that measures dispersion and shift: regard.cache.scorers.CAKE (gamma=0.0 makes "
                 "its score SnapKV's)"
             )
-        memories = [layer.memory for layer in room.layers]
+        if room.decoding:  # every layer keeps the share that the prompt gave it
+            return [
+                _every_head(
+                    (room.tokens * layer.memory.get("share", torch.ones(1))).round().long(), score
+                )
+                for layer, score in zip(room.layers, scores, strict=True)
+            ]
         preference = layer_preference(
-            torch.stack([memory["dispersion"] for memory in memories]),
-            torch.stack([memory["shift"] for memory in memories]),
+            torch.stack([layer.memory["dispersion"] for layer in room.layers]),
+            torch.stack([layer.memory["shift"] for layer in room.layers]),
             self.tau,
         )
-        found = [torch.zeros(score.shape[:2], dtype=torch.long) for score in scores]
-        for b, tokens in enumerate(room.tokens.tolist()):
-            kept = torch.stack([own[b].max() for own in room.protected])
-            seen = torch.stack([layer.real[b] for layer in room.layers])
-            total = max(0, tokens - int(kept[-1])) * room.total
-            slots = allocate_layer_budgets(preference[:, b], total, (seen - kept).clamp_min(0))
-            for own, slot, least in zip(found, slots, kept, strict=True):
-                own[b] = slot + least
-        return found
+        found = torch.stack(
+            [self._row(preference[:, b].cpu(), room, b) for b in range(len(room.tokens))], 1
+        )
+        for layer, slots in zip(room.layers, found, strict=True):
+            layer.memory["share"] = slots / room.tokens
+        return [_every_head(slots, score) for slots, score in zip(found, scores, strict=True)]
+
+    def _row(self, preference: Tensor, room: Room, b: int) -> Tensor:
+        """The slots of every layer for one row, protected ones included."""
+        kept = torch.stack([own[b].max() for own in room.protected])
+        seen = torch.stack([layer.real[b] for layer in room.layers])
+        total = (int(room.tokens[b]) - int(kept[-1])) * room.total
+        return kept + allocate_layer_budgets(preference, max(0, total), (seen - kept).clamp_min(0))
 
 
 @dataclass(frozen=True)
@@ -230,7 +240,7 @@ def best_anywhere(
     """
     lifted = [_lift_best(score, least) for score in scores]
     flat = torch.cat([score.flatten(1) for score in lifted], 1)
-    ranked = flat.argsort(-1, descending=True, stable=True)
+    ranked = flat.argsort(dim=-1, descending=True, stable=True)
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     wanted = torch.arange(flat.shape[1], device=flat.device) < total.to(flat.device)[:, None]
     chosen.scatter_(1, ranked, wanted)
@@ -243,7 +253,7 @@ def _lift_best(score: Tensor, least: Tensor) -> Tensor:
     """+inf at the `least` best slots of every head."""
     if not bool((least > 0).any()):
         return score
-    order = score.argsort(-1, descending=True, stable=True)
+    order = score.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
     lifted = (ranks < least.to(score.device)[:, None, None]) & (score > -math.inf)

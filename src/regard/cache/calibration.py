@@ -1,11 +1,11 @@
 """Which heads of a model need memory: a profile, made once from one or a few plain texts and kept beside the model.
 
 The model reads a text and then repeats it; the largest attention that any repeated token pays to a key, in a KV head, says how
-much this head needs that key (KVzip's reconstruction score). Ranking the keys of all layers and heads together and keeping the best
-fraction f leaves each head a share of its keys. The mean share over the texts, for a grid of fractions, is the profile.
+much this head needs that key (KVzip's reconstruction score). Ranking the keys of all layers and heads together and keeping the
+best fraction f leaves each head a share of its keys. The mean share over the texts, for a grid of fractions, is the profile.
 
-Sources: KVzip (Kim et al. 2025, arXiv 2505.23416) for the score and the ranking over all heads. That the head's shares transfer to
-other texts is measured in `evidence/`, not taken from there.
+Sources: KVzip (Kim et al. 2025, arXiv 2505.23416) for the score and the ranking over all heads. That the head's shares transfer
+to other texts is measured in `evidence/`, not taken from there.
 Cost: two readings of each text and one pass of statistics: about 15 CPU seconds for 1024 tokens of SmolLM2-135M.
 """
 
@@ -206,5 +206,3 @@ def head_shares(
     kept = torch.zeros_like(flat, dtype=torch.float64)
     kept[flat.argsort(descending=True, stable=True)[: round(fraction * len(flat))]] = 1
     return kept.view_as(peaks).mean(-1)
-
-

@@ -38,7 +38,7 @@ class Peaks(Method):
 
     def __init__(self, sinks: int) -> None:
         self.sinks = sinks
-        self.span = (0, 0)
+        self.span: tuple[int, int] = (0, 0)
         self.length = 0
         self.found: dict[int, Tensor] = {}
 

@@ -58,6 +58,19 @@ class Rotary:
         layered = "layer_type" in inspect.signature(embed.forward).parameters
         return cls(embed, apply, config.layer_types[layer] if layered else None)
 
+    @property
+    def rotates(self) -> bool:
+        """False for a model without rotary positions."""
+        return self._embed is not None
+
+    @property
+    def factor(self) -> float:
+        """By how much `turn` lengthens vectors (1 but for some scaled embeddings)."""
+        if self._embed is None:
+            return 1.0
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        return self._angles(zero, torch.empty(0))[2]
+
     def _angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor, float]:
         """Cosines and sines `[batch, rows, rotated]` in float32, and the factor by which they lengthen vectors."""
         assert self._embed is not None

@@ -29,11 +29,13 @@ class Scorer:
 
     Attributes:
         slots: statistics that ride with the keys, by name, with the value that a new key starts with.
-        window: the newest tokens of each row, always kept whatever their score (a subclass may make it a field).
+        window: the newest tokens of each row, kept before all others but the sinks (a subclass may make it a field).
+        recent: share of each head's slots that is kept for its newest tokens, when that is more than the window.
     """
 
     slots: ClassVar[Mapping[str, float]] = {}
     window: int = 0
+    recent: float = 0.0
 
     @property
     def watches(self) -> bool:

@@ -182,13 +182,14 @@ def _blocks(
         held = key_positions[..., keys]
         padded = bool((positions < 0).any())
         edge = 0 if padded or window is not None else _edge(held, first)
+        visible = None
         if edge < hi - lo:
             visible = _visible(positions[:, None, :], held[..., edge:], window)
             scores.unflatten(2, (group, width))[..., edge:].masked_fill_(
                 ~visible[:, :, None], torch.finfo(scores.dtype).min
             )
         torch.softmax(scores, -1, out=weights)
-        if edge == 0:  # only then can a row see nothing
+        if edge == 0 and visible is not None:  # only then can a row see nothing
             dead = ~visible.any(-1)[:, :, None, :, None]
             weights.unflatten(2, (group, width)).masked_fill_(dead, 0)
         yield rows, keys, weights

@@ -37,7 +37,7 @@ def expected_attention(
         held: False at empty slots, which get 0 and take no share.
         scaling: factor on query . key.
     """
-    batch, kv_heads, _, _ = key.shape
+    kv_heads = key.shape[1]
     mean = mean.unflatten(1, (kv_heads, -1)).to(key)
     scores = scaling * mean @ key.transpose(-1, -2)  # [batch, kv_heads, group, keys]
     if covariance is not None:

@@ -1,8 +1,8 @@
 """Scorers that read the attention of the newest queries: the observation window of SnapKV, TOVA and CAKE.
 
 The last `rows` queries of every text are kept on the layer (`memory["queries"]`), across chunks and decoding steps, so that a
-prompt fed in chunks that fit the budget is scored as if it had come at once. The scores of the held keys are slots: they ride with
-their keys through evictions, so that evicting twice keeps what evicting once would have kept.
+prompt fed in chunks that fit the budget is scored as if it had come at once. The scores of the held keys are slots: they ride
+with their keys through evictions, so that evicting twice keeps what evicting once would have kept.
 
 Cost: `rows` query rows against the held keys for each call, `batch x heads x rows x dim` numbers a layer.
 """
@@ -63,7 +63,7 @@ class Observing(Scorer):
             query = torch.cat([layer.memory["queries"].to(query), query], 2)
             positions = torch.cat([layer.memory["query_positions"], positions], 1)
         if query.shape[2] > self.rows:
-            newest = positions.argsort(-1, stable=True)[:, -self.rows :]
+            newest = positions.argsort(dim=-1, stable=True)[:, -self.rows :]
             positions = positions.gather(-1, newest)
             index = newest[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             query = query.gather(2, index)

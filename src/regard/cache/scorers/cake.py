@@ -18,8 +18,8 @@ from torch import Tensor
 
 from regard._errors import InputError
 from regard.cache.layer import Layer
-from regard.cache.scorers.snapkv import SnapKV
 from regard.cache.scorers._slots import query_positions
+from regard.cache.scorers.snapkv import SnapKV
 from regard.engine import AttentionCall
 from regard.ops.eviction import attention_dispersion, attention_shift, eviction_score
 

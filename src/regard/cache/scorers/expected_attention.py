@@ -25,7 +25,7 @@ from regard.cache.rotary import Rotary
 from regard.cache.scorer import Scorer
 from regard.cache.scorers._slots import key_positions, query_positions
 from regard.engine import AttentionCall
-from regard.ops.expected_attention import expected_attention, merge_moments, query_moments
+from regard.ops.expected_attention import Moments, expected_attention, merge_moments, query_moments
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,47 @@ class ExpectedAttention(Scorer):
         used = positions >= memory["first"][:, None] + self.skip
         rotary = Rotary.of(_module(call), layer.index)
         query = rotary.unturn(call.query * call.scaling, positions.clamp_min(0))
-        new = query_moments(query, used, self.covariance)
-        if "count" in memory:
-            new = merge_moments((memory["count"], memory["mean"], memory["scatter"]), new)
-        memory["count"], memory["mean"], memory["scatter"] = new
-        count, dim = memory["count"], query.shape[-1]
-        future = torch.full_like(memory["first"], layer.seen)
-        turn = rotary.average(future, self.horizon, dim)[:, None].to(query)
-        memory["expected"] = (turn @ memory["mean"][..., None])[..., 0]
+        moments = query_moments(query, used, self.covariance)
+        if "mean" in memory:
+            moments = merge_moments(_unpacked(memory), moments)
+        memory["count"], memory["mean"], spread = moments
         if self.covariance:
-            spread = memory["scatter"] / count.clamp_min(1)[:, None, None, None]
-            memory["spread"] = turn @ spread @ turn.transpose(-1, -2)
+            memory["spread"] = _triangle(spread / moments[0].clamp_min(1)[:, None, None, None])
+        future = torch.full_like(memory["first"], layer.seen)
+        memory["turn"] = rotary.average(future, self.horizon, query.shape[-1]).to(query)
 
     def score(self, layer: Layer) -> Float[Tensor, "batch kv_heads held"]:
-        keys, values = layer.keys, layer.values
+        keys, values, memory = layer.keys, layer.values, layer.memory
         assert keys is not None and values is not None
-        past = key_positions(layer) >= layer.memory["first"][:, None, None] + self.skip
-        shares = expected_attention(
-            keys.float(), layer.memory["expected"], layer.memory.get("spread"), past, scaling=1.0
-        )
+        past = key_positions(layer) >= memory["first"][:, None, None] + self.skip
+        turn = memory["turn"][:, None]
+        mean = (turn @ memory["mean"][..., None])[..., 0]
+        spread = None
+        if self.covariance:
+            spread = turn @ _square(memory["spread"], mean.shape[-1]) @ turn.transpose(-1, -2)
+        shares = expected_attention(keys.float(), mean, spread, past, scaling=1.0)
         return (shares + self.epsilon) * values.float().norm(dim=-1)
+
+
+def _triangle(spread: Float[Tensor, "batch heads dim dim"]) -> Float[Tensor, "batch heads half"]:
+    """The upper half of symmetric matrices, which is what is stored."""
+    row, column = torch.triu_indices(*spread.shape[-2:], device=spread.device)
+    return spread[..., row, column]
+
+
+def _square(half: Float[Tensor, "batch heads half"], dim: int) -> Float[Tensor, "batch heads d d"]:
+    row, column = torch.triu_indices(dim, dim, device=half.device)
+    full = half.new_empty(*half.shape[:2], dim, dim)
+    full[..., row, column] = half
+    full[..., column, row] = half
+    return full
+
+
+def _unpacked(memory: dict[str, Tensor]) -> Moments:
+    count, mean = memory["count"], memory["mean"]
+    if "spread" not in memory:
+        return count, mean, mean.new_zeros(*mean.shape, 0)
+    return count, mean, _square(memory["spread"], mean.shape[-1]) * count[:, None, None, None]
 
 
 def _module(call: AttentionCall) -> torch.nn.Module:

@@ -11,7 +11,9 @@ Cost: none; attention is not looked at.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,3 +28,10 @@ class Streaming(Scorer):
 
     def score(self, layer: Layer) -> Float[Tensor, "batch kv_heads held"]:
         return layer.positions.float()
+
+
+@dataclass(frozen=True)
+class StreamingExact(Streaming):
+    """The same, for `regard.cache.StreamingExact`, which notes in a slot how far each key has been moved."""
+
+    slots: ClassVar[Mapping[str, float]] = {"moved": 0.0}
