@@ -21,4 +21,4 @@ def model() -> MaskedDiffusionLM:
 
 @pytest.fixture
 def canvas(model: MaskedDiffusionLM) -> torch.Tensor:
-    return model.canvas(["k3a9xw", "0b1c2d4e5f", "zz|top"], length=40)
+    return model.canvas(["k3a9xw", "0b1c2d4e5f", "zz|top"], length=28)

@@ -6,7 +6,7 @@ recompute the rows of that block against the cached keys and values of everythin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -22,7 +22,7 @@ class BlockCache(DiffusionCache):
     Besides the block's rows a step recomputes the tokens that the previous step decided, which lie in the same block.
     """
 
-    window: Blocks = Blocks(16)
+    window: Blocks = field(default_factory=Blocks)
 
     def rows(self, canvas: Canvas) -> Bool[Tensor, "batch sequence"]:
         return self.window.block(canvas)

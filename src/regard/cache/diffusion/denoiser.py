@@ -21,7 +21,7 @@ class DiffusionBlock(Protocol):
     """One layer. Rows may be any of the sequence's, in any order: their positions say which."""
 
     def project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[batch, rows, width]` and `[batch, rows]` to query `[batch, heads, rows, dim]`, key, value `[batch, kv_heads, rows, dim]`."""
+        """Of `[batch, rows, width]`: query `[batch, heads, rows, dim]`, key and value `[batch, kv_heads, rows, dim]`."""
         ...
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
