@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ LENGTH, EACH, BUDGETS = 2048, 4, (0.2, 0.1)
 
 def exams(tokenizer: Any) -> list[Exam]:
     found = builtin_documents(tokenizer, LENGTH, each=EACH)
-    return [make_exam(tokenizer, document, LENGTH) for document in found]
+    made = [make_exam(tokenizer, document, LENGTH) for document in found]
+    asked = ("needle", "copy")
+    return [replace(exam, questions=tuple(q for q in exam.questions if q.measure in asked)) for exam in made]
 
 
 def calibrations(model: Any, store: Store) -> dict[str, Calibration]:
@@ -75,14 +78,11 @@ def methods(exam: Exam, prefill: Prefill, model: Any, held: dict[str, Calibratio
     yield "cake", scorers.CAKE(), CakePreference
     h2o, sampled, expected = scorers.H2O(), scorers.H2O(sample=8), scorers.ExpectedAttention()
     yield "h2o", h2o, Uniform
-    yield "h2o+global", h2o, Global
     yield "h2o+calibrated", h2o, lambda size: Calibrated(size, both)
     yield "h2o+calibrated on code", h2o, lambda size: Calibrated(size, code)
     yield "h2o sampled+calibrated", sampled, lambda size: Calibrated(size, both)
     yield "expected", expected, Uniform
-    yield "expected+global", expected, Global
     yield "expected+calibrated", expected, lambda size: Calibrated(size, both)
-    yield "snapkv+calibrated", scorers.SnapKV(), lambda size: Calibrated(size, both)
     peaks = reconstruct(model, exam.context[None], cache=prefill.full)
     yield "kvzip", controls.Given(table=peaks), Global
     yield "oracle", controls.oracle(exam, *shape), Uniform
@@ -106,7 +106,7 @@ def measure(part: int, parts: int) -> None:
             if wanted is not scorer:
                 if watched is not None:
                     watched.close()
-                scorer, watched = wanted, prefill.watched(wanted, Uniform(1.0))
+                scorer, watched = wanted, prefill.watched(wanted)
             assert watched is not None
             for size in BUDGETS:
                 if f"{exam.name}/{name}/{size}" in store:
@@ -207,7 +207,7 @@ def table() -> None:
     spent = json.loads(timed.read_text()) if timed.is_file() else {}
     lines = []
     for setting in found.settings():
-        lost = {m: found.lost(setting, m) for m in ("needle", "multikey", "variables", "copy")}
+        lost = {m: found.lost(setting, m) for m in ("needle", "copy")}
         needle, closeness = found.estimate(setting, "needle"), found.estimate(setting, "kl")
         kept, states = found.estimate(setting, "kept"), found.by_document(setting, "states")
         assert needle and closeness and kept and lost["needle"]

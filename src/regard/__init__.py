@@ -11,6 +11,11 @@ Every name below is imported on first use, so that `import regard` stays cheap::
         ...
     with regard.attach(model, *methods) as session:  # your own methods
         ...
+
+    cache = regard.cache.SnapKV(model, budget=0.2)  # a smaller KV cache
+    results = regard.bench(model)  # what each cache saves and what it costs
+    with regard.apply(model, "plan.json"):  # the setting that `regard bench --plan` found
+        ...
 """
 
 from __future__ import annotations
@@ -20,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regard.attach import attach as attach
+    from regard.bench import bench as bench
     from regard.instruments import observe as observe
     from regard.instruments.retrieval import retrieval_heads as retrieval_heads
     from regard.interventions import ablate as ablate
+    from regard.plan import apply as apply
     from regard.pretrained import load as load
     from regard.report import report as report
 
@@ -33,11 +40,14 @@ _EXPORTS = {
     "observe": "regard.instruments",
     "retrieval_heads": "regard.instruments.retrieval",
     "ablate": "regard.interventions",
+    "apply": "regard.plan",
 }
-# `attach` and `report` are packages that can be called, so the name is the room itself.
+# `attach`, `report` and `bench` are packages that can be called, so the name is the room itself.
 _ROOMS = (
     "attach",
     "report",
+    "bench",
+    "cache",
     "coordinates",
     "engine",
     "instruments",
@@ -45,11 +55,23 @@ _ROOMS = (
     "metrics",
     "ops",
     "papers",
+    "plan",
     "pretrained",
+    "sparse",
     "texts",
 )
 
-__all__ = ["ablate", "attach", "load", "observe", "report", "retrieval_heads", "__version__"]
+__all__ = [
+    "ablate",
+    "apply",
+    "attach",
+    "bench",
+    "load",
+    "observe",
+    "report",
+    "retrieval_heads",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

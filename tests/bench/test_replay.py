@@ -38,7 +38,7 @@ def model() -> Any:
 def test_a_replayed_cache_holds_what_a_real_prefill_leaves(model: Any, scorer: Any):
     prefill = Prefill(model, TOKENS)
     assert prefill.replays
-    replayed, _ = prefill.watched(scorer, Slanted(0.9)).evicted(Slanted(0.3))
+    replayed, _ = prefill.watched(scorer).evicted(Slanted(0.3))
     real = Cache(model, scorer, Slanted(0.3))
     real.prefill(TOKENS[None])
     assert replayed.get_seq_length() == real.get_seq_length() == len(TOKENS)
@@ -54,7 +54,7 @@ def test_a_replayed_cache_holds_what_a_real_prefill_leaves(model: Any, scorer: A
 
 
 def test_one_watched_cache_serves_many_budgets(model: Any):
-    watched = Prefill(model, TOKENS).watched(H2O(), Slanted(0.5))
+    watched = Prefill(model, TOKENS).watched(H2O())
     small, _ = watched.evicted(Slanted(0.2))
     large, _ = watched.evicted(Slanted(0.6))
     again, _ = watched.evicted(Slanted(0.2))
@@ -80,7 +80,7 @@ def test_models_with_sliding_windows_are_prefilled_again():
     sliding = MistralForCausalLM(config).eval()
     prefill = Prefill(sliding, TOKENS)
     assert not prefill.replays
-    replayed, _ = prefill.watched(H2O(), Slanted(0.9)).evicted(Slanted(0.2))
+    replayed, _ = prefill.watched(H2O()).evicted(Slanted(0.2))
     real = Cache(sliding, H2O(), Slanted(0.2))
     real.prefill(TOKENS[None])
     assert replayed.kept(1, 0).tolist() == real.kept(1, 0).tolist()
@@ -89,7 +89,7 @@ def test_models_with_sliding_windows_are_prefilled_again():
 def test_the_model_is_as_before_once_everything_is_closed(model: Any):
     before = model.config._attn_implementation
     prefill = Prefill(model, TOKENS)
-    watched = prefill.watched(KeyNorm(), Slanted(0.5))
+    watched = prefill.watched(KeyNorm())
     branch, _ = watched.evicted(Slanted(0.5))
     for part in (branch, watched, prefill):
         part.close()

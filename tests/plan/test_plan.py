@@ -16,8 +16,10 @@ PROMPT = torch.randint(3, 320, (1, 60), generator=torch.Generator().manual_seed(
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_llama()
+def model(tiny_tokenizer: Any) -> Any:
+    found = tiny_llama()
+    found.tokenizer = tiny_tokenizer
+    return found
 
 
 def calibration(layers: int = 2, heads: int = 2) -> Calibration:

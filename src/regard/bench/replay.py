@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.attach import Session
-from regard.cache import Budget, Cache, Full, Layer, Scorer
+from regard.cache import Budget, Cache, Full, Layer, Scorer, scorers
+from regard.cache.reconstruction import reconstruct
 from regard.engine import AttentionCall, CausalMask, Method
 
 
@@ -75,9 +76,9 @@ class Prefill:
         return cache.prefill(self.tokens[None].to(device)).logits[0, -1].float()
 
     @torch.inference_mode()
-    def watched(self, scorer: Scorer, budget: Budget) -> Watched:
+    def watched(self, scorer: Scorer) -> Watched:
         """A cache that has seen the text and evicted nothing yet, and the time that watching took."""
-        cache = Cache(self.model, scorer, budget)
+        cache = Cache(self.model, scorer, 1.0)
         start = time.perf_counter()
         with cache.paused():
             if self.replays:
@@ -86,6 +87,19 @@ class Prefill:
                 self._run(cache)
         seconds = time.perf_counter() - start
         return Watched(cache, seconds if self.replays else max(0.0, seconds - self.seconds))
+
+    @torch.inference_mode()
+    def repeated(self, tokenizer: Any) -> Watched:
+        """The same for KVzip, which makes the model repeat the text rather than watch it being read."""
+        start = time.perf_counter()
+        device = next(self.model.parameters()).device
+        ids = self.tokens[None].to(device)
+        peaks = reconstruct(self.model, ids, tokenizer=tokenizer, cache=self.full)
+        repeating = time.perf_counter() - start
+        watched = self.watched(scorers.KVzip())
+        for layer, own in zip(watched.cache.held, peaks, strict=True):
+            layer.slots["peak"] = own[None].expand_as(layer.slots["peak"])
+        return Watched(watched.cache, repeating + watched.seconds)
 
     def close(self) -> None:
         """Lets go of the model and of what was kept."""

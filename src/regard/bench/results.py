@@ -44,7 +44,7 @@ MEASURES: dict[str, Measure] = {
         Measure("variables", "Variables", "nats", True, "the same for the names in a chain of assignments, in RULER's form"),
         Measure("copy", "Copy", "nats", True, "the same for passages of the context after their own beginning"),
         Measure("bytes", "Memory", "MB", False, "bytes that the cache holds after the context has been read"),
-        Measure("kept", "Kept", "share", False, "those bytes as a share of the full cache's"),
+        Measure("kept", "Kept", "share", False, "those bytes as a share of what the keys and values of all tokens take"),
         Measure("prefill", "Prefill", "s", False, "time to read the context, eviction included"),
         Measure("evict", "Evict", "s", False, "the part of it that the method adds: watching, scoring, evicting"),
         Measure("peak", "Peak", "MB", False, "largest memory during the prefill above what was in use before"),

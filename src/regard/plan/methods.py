@@ -14,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from regard._errors import InputError, nearest
-from regard.cache import Budget, Scorer, budgets, scorers
+from regard.cache import Budget, Cache, KVzip, Scorer, budgets, scorers
 from regard.cache.calibration import Calibration
 
 Size = float | int | str
@@ -43,6 +45,7 @@ SCORERS: dict[str, Part] = {
         "Expected Attention", "Devoto et al. 2025, arXiv 2510.00636", scorers.ExpectedAttention
     ),
     "cake": Part("CAKE", "Qin et al. 2025, arXiv 2503.12491", scorers.CAKE),
+    "kvzip": Part("KVzip", "Kim et al. 2025, arXiv 2505.23416", scorers.KVzip),
 }
 RULES: dict[str, Part] = {
     "uniform": Part("uniform", "the same for every head", budgets.Uniform),
@@ -52,7 +55,7 @@ RULES: dict[str, Part] = {
     "global": Part("global", "across all heads of all layers, by score", budgets.Global),
     "calibrated": Part("calibrated", "shares of layers and heads measured once for the model", budgets.Calibrated),
 }  # fmt: skip
-_OWN_RULE = {"cake": "cake"}  # a method is known by the rule of its paper
+_OWN_RULE = {"cake": "cake", "kvzip": "global"}  # a method is known by the rule of its paper
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,19 @@ class Named:
                 f"{self} needs the model's calibration; make one with regard.cache.calibrate(model, texts)"
             )
         return RULES[self.rule].make(size, calibration)
+
+    def make_cache(
+        self,
+        model: nn.Module,
+        size: Size,
+        calibration: Calibration | None = None,
+        every: int | None = None,
+    ) -> Cache:
+        """An empty cache of this method for a model."""
+        budget = self.make_budget(size, calibration)
+        if self.scorer == "kvzip":
+            return KVzip(model, budget, every=every)
+        return Cache(model, self.make_scorer(), budget, every=every)
 
 
 def _unknown(what: str, name: str, part: str, known: list[str]) -> None:

@@ -91,8 +91,7 @@ class Plan:
 
     def _new(self, model: nn.Module) -> Cache:
         named = Named.parse(self.method)
-        budget = named.make_budget(self.budget, self.calibration)
-        return Cache(model, named.make_scorer(), budget, every=self.every)
+        return named.make_cache(model, self.budget, self.calibration, self.every)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the plan as JSON, whole or not at all."""
@@ -127,12 +126,13 @@ class Plan:
             )
         try:
             if held.get("calibration") is not None:
-                held["calibration"] = _calibration(held["calibration"])
+                held["calibration"] = calibration_of(held["calibration"])
             return cls(**held)
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"{path} is a damaged plan: {error}") from None
 
 
-def _calibration(held: dict[str, Any]) -> Calibration:
+def calibration_of(held: dict[str, Any]) -> Calibration:
+    """A calibration from the plain values that `dataclasses.asdict` and JSON made of it."""
     shares = tuple(tuple(map(tuple, layers)) for layers in held["shares"])
     return Calibration(**{**held, "fractions": tuple(held["fractions"]), "shares": shares})

@@ -1,0 +1,59 @@
+"""A bench in a terminal: one line for each setting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from regard.bench.charts import size_label
+from regard.bench.results import FULL, LIBRARY, MEASURES, Results, Setting
+from regard.report.markup import number, quantity
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+COLUMNS = ("kept", "kl", "top1", "needle", "multikey", "variables", "copy", "evict", "decode")
+
+
+def summary(results: Results) -> RenderableType:
+    """A table for each length. Needles to copy: log-probability lost against the full cache on the same documents."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    titles = {key: entry["title"] for key, entry in results.about.get("methods", {}).items()}
+    parts: list[RenderableType] = []
+    for length in results.lengths():
+        count = len({row.document for row in results.rows if row.length == length})
+        table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
+        table.title = f"{number(length)} tokens, {count} document{'s' if count > 1 else ''}"
+        table.add_column("Cache")
+        table.add_column("budget", justify="right")
+        for key in COLUMNS:
+            measure = MEASURES[key]
+            lost = " lost" if key in ("needle", "multikey", "variables", "copy") else ""
+            unit = "" if measure.unit in ("share", "nats") else f" {measure.unit}"
+            table.add_column(f"{measure.label.lower()}{lost}{unit}", justify="right")
+        front = set(results.pareto(length, "needle", "kept"))
+        for setting in (s for s in results.settings() if s.length == length):
+            name = Text(titles.get(setting.method, setting.method))
+            if setting in front and setting.method not in (FULL, LIBRARY):
+                name.stylize("bold green")
+            budget = "" if setting.method in (FULL, LIBRARY) else size_label(setting.budget)
+            table.add_row(name, budget, *(_cell(results, setting, key) for key in COLUMNS))
+        parts.append(table)
+    parts.append(
+        Text(
+            "green: nothing keeps needles better in as little memory. Losses in nats a token against the full cache.",
+            style="dim",
+        )
+    )
+    return Group(*parts)
+
+
+def _cell(results: Results, setting: Setting, key: str) -> str:
+    lost = key in ("needle", "multikey", "variables", "copy")
+    found = results.lost(setting, key) if lost else results.estimate(setting, key)
+    if found is None:
+        return ""
+    unit = "share" if MEASURES[key].unit == "share" else ""
+    return quantity(found.mean, unit, 2)
