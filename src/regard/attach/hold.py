@@ -7,7 +7,7 @@ shared by all caches of that model; when the last one lets go, the model is exac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from regard.engine import AttentionCall
 _HOLDS: WeakKeyDictionary[nn.Module, Hold] = WeakKeyDictionary()
 
 
+@runtime_checkable
 class Held(Protocol):
     """What the attention function asks of the cache whose keys it was given (`key.held`)."""
 
@@ -39,6 +40,7 @@ class Held(Protocol):
         """The call has its output."""
 
 
+@runtime_checkable
 class Listener(Protocol):
     """A cache, as a model's argument."""
 
