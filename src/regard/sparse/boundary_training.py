@@ -173,7 +173,7 @@ def _main(out: Path) -> None:
     from regard.sparse.dhsa import save_predictor
 
     model = regard.load("smollm2")
-    texts = smollm2_texts(model.tokenizer, 150)
+    texts = smollm2_texts(model.tokenizer, 60)
     predictor = train_boundary_predictor(model, texts, epochs=4, rate=1e-3)
     save_predictor(predictor, out, model="SmolLM2-135M-Instruct")
 

@@ -138,6 +138,7 @@ def save_predictor(predictor: BoundaryPredictor, path: str | Path, *, model: str
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
             written = Path(room) / path.name
             save_file(tensors, written, metadata={"boundary_predictor": json.dumps(meta)})
+            written.chmod(0o644)  # safetensors writes files that only their owner may read
             os.replace(written, path)
     except OSError as error:
         raise OutputError(f"cannot write the boundary predictor to {path}: {error}") from error

@@ -10,9 +10,10 @@ tokens take the places of the earliest ones kept. Attention over the kept keys i
 queries and all decode steps attend densely. One selection serves all heads of a layer.
 
 Where the chunks end is the subclass's affair: `FixedChunks` here, `DHSA` by a trained predictor. Source: Xiong et al. 2025,
-arXiv 2510.24606, and its released code, from which this differs in three points: a key that is both global and selected
-counts once in the softmax (there, short prefixes hold repeats); among tokens of equal score the earlier is taken; in a
-sliding-window layer a block may choose from all that any of its queries sees (there, from what the last one sees).
+arXiv 2510.24606, and its released code, from which this differs in four points. A key that is both global and selected
+counts once in the softmax (there, short prefixes can hold repeats). Among tokens of equal score the earlier is taken (there,
+any). A last block that is cut short chooses up to its own end (there, up to a whole block, of which the rest is hidden). In a
+sliding-window layer a block chooses from all that any of its queries sees (there, from what the last one sees).
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class HierarchicalSparse(Pattern):
             raise InputError.of("instruction", given=instruction, expected="at least 0")
         self.budget, self.local, self.first = budget, local, first
         self.instruction = instruction
-        self._source: tuple[str, int] | None = None
-        self._cuts: list[Tensor] = []
+        self._first_layer: dict[str, int] = {}
+        self._cuts: dict[str, list[Tensor]] = {}
 
     def cuts(self, call: AttentionCall) -> Int[Tensor, " ends"]:
         """Where the chunks of one text end, from 0 to its length; `call` holds this text alone, without padding."""
@@ -144,7 +145,7 @@ class HierarchicalSparse(Pattern):
         return max(math.ceil(self.budget * length), self.local + self.first)
 
     def start(self, session: object) -> None:
-        self._source, self._cuts = None, []
+        self._first_layer, self._cuts = {}, {}
 
     def stop(self) -> None:
         self.start(None)
@@ -173,11 +174,12 @@ class HierarchicalSparse(Pattern):
             )
             for row, start, stop in held
         ]
-        if self._source in (None, call.site.key) or not self.shared:
-            self._source, self._cuts = call.site.key, [self.cuts(text) for *_, text in texts]
+        stack, layer = call.site.key
+        if self._first_layer.setdefault(stack, layer) == layer or not self.shared:
+            self._cuts[stack] = [self.cuts(text) for *_, text in texts]
         parts = [
             part
-            for (row, start, text), cuts in zip(texts, self._cuts, strict=True)
+            for (row, start, text), cuts in zip(texts, self._cuts[stack], strict=True)
             for part in self._parts(call, row, start, text, cuts, narrow)
         ]
         mask = SplitMask((batch, call.heads, call.queries, call.keys), tuple(parts))
