@@ -1,7 +1,7 @@
 """`python -m benchmarks.quality_gap`: what each cache method forgets at 20 % and 10 % kept, and what it costs.
 
-Twelve documents of three kinds (English, code, licence texts), 2 048 tokens each, ten needles stated twice, questions unseen while
-the context is read. Every method is scored on the same prefill of a document. Budgets per head are calibrated on other
+Twelve documents of three kinds (English, code, licence texts), 2 048 tokens each, ten needles stated twice, questions unseen
+while the context is read. Every method is scored on the same prefill of a document. Budgets per head are calibrated on other
 documents without needles. Intervals: bootstrap over documents.
 
     python -m benchmarks.quality_gap measure --part 1/2     (resumable; parts may run side by side)
@@ -30,7 +30,7 @@ from regard.bench import controls
 from regard.bench.documents import KINDS, builtin_documents
 from regard.bench.exam import Exam, make_exam
 from regard.bench.replay import Prefill
-from regard.bench.results import FULL, Results, Row, Setting
+from regard.bench.results import FULL, Results, Row
 from regard.bench.scoring import agreement, answers, continuation
 from regard.bench.store import Store
 from regard.cache import Cache, scorers
@@ -47,7 +47,10 @@ def exams(tokenizer: Any) -> list[Exam]:
     found = builtin_documents(tokenizer, LENGTH, each=EACH)
     made = [make_exam(tokenizer, document, LENGTH) for document in found]
     asked = ("needle", "copy")
-    return [replace(exam, questions=tuple(q for q in exam.questions if q.measure in asked)) for exam in made]
+    return [
+        replace(exam, questions=tuple(q for q in exam.questions if q.measure in asked))
+        for exam in made
+    ]
 
 
 def calibrations(model: Any, store: Store) -> dict[str, Calibration]:
@@ -64,10 +67,15 @@ def calibrations(model: Any, store: Store) -> dict[str, Calibration]:
             store.put(f"seconds/{name}", time.process_time() - start)
         return Calibration.load(path)
 
-    return {"calibrated": made("calibrated", KINDS), "calibrated-code": made("calibrated-code", ("code",))}
+    return {
+        "calibrated": made("calibrated", KINDS),
+        "calibrated-code": made("calibrated-code", ("code",)),
+    }
 
 
-def methods(exam: Exam, prefill: Prefill, model: Any, held: dict[str, Calibration]) -> Iterator[tuple[str, Any, Any]]:
+def methods(
+    exam: Exam, prefill: Prefill, model: Any, held: dict[str, Calibration]
+) -> Iterator[tuple[str, Any, Any]]:
     """Name, scorer and rule of everything that is compared; scorers that come in a row share one watching."""
     config, tokens = model.config, exam.length
     shape = (config.num_hidden_layers, config.num_key_value_heads)
@@ -91,7 +99,9 @@ def methods(exam: Exam, prefill: Prefill, model: Any, held: dict[str, Calibratio
 def measure(part: int, parts: int) -> None:
     torch.set_num_threads(1)
     model = regard.load("smollm2")
-    store = Store(HERE / f"quality_gap.{part}of{parts}.partial.jsonl", {"length": LENGTH, "each": EACH})
+    store = Store(
+        HERE / f"quality_gap.{part}of{parts}.partial.jsonl", {"length": LENGTH, "each": EACH}
+    )
     held = calibrations(model, store)
     for exam in exams(model.tokenizer)[part - 1 :: parts]:
         if f"done/{exam.name}" in store:
@@ -121,14 +131,29 @@ def measure(part: int, parts: int) -> None:
 
 
 def grade(
-    store: Store, model: Any, exam: Exam, method: str, size: str, cache: Cache, logits: Any, reference: Any, plain: int
+    store: Store,
+    model: Any,
+    exam: Exam,
+    method: str,
+    size: str,
+    cache: Cache,
+    logits: Any,
+    reference: Any,
+    plain: int,
 ) -> None:
     def compute() -> list[list[Any]]:
-        rows = [[measure, value, None] for measure, value in agreement(logits, reference, exam).items()]
+        rows = [
+            [measure, value, None] for measure, value in agreement(logits, reference, exam).items()
+        ]
         rows += [[measure, value, depth] for measure, depth, value in answers(model, cache, exam)]
         bytes_held = plain if method == FULL else cache.memory()
         states = sum(sum(layer.rows.sizes) for layer in cache.held) * 512  # keys and values alone
-        return [*rows, ["bytes", bytes_held / 1e6, None], ["kept", bytes_held / plain, None], ["states", states / plain, None]]
+        return [
+            *rows,
+            ["bytes", bytes_held / 1e6, None],
+            ["kept", bytes_held / plain, None],
+            ["states", states / plain, None],
+        ]
 
     found = store.get(f"{exam.name}/{method}/{size}", compute)
     needles = [value for measure, value, _ in found if measure == "needle"]
@@ -178,9 +203,15 @@ def timing(rounds: int = 2) -> None:
         for name, job in jobs.items():
             taken[name].append(job())
     base = taken["library"]
-    ratios = {name: statistics.median(a / b for a, b in zip(times, base, strict=True)) for name, times in taken.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times, base, strict=True))
+        for name, times in taken.items()
+    }
     seconds = {name: round(min(times), 2) for name, times in taken.items()}
-    write(HERE / "quality_gap.time.partial.json", {"prefill_ratio": ratios, "prefill_seconds": seconds, "rounds": rounds})
+    write(
+        HERE / "quality_gap.time.partial.json",
+        {"prefill_ratio": ratios, "prefill_seconds": seconds, "rounds": rounds},
+    )
     print(json.dumps(ratios, indent=1))
 
 
@@ -197,7 +228,9 @@ def collect() -> Results:
             method, _, size = rest.rpartition("/")
             if method:
                 kind = document.rpartition(" ")[0]
-                rows += [Row(document, kind, LENGTH, method, size, m, v, d) for m, v, d in cell["value"]]
+                rows += [
+                    Row(document, kind, LENGTH, method, size, m, v, d) for m, v, d in cell["value"]
+                ]
     return Results(rows)
 
 
@@ -236,7 +269,8 @@ def table() -> None:
     for line in lines:
         low, high = line["needle_lost"]["low"], line["needle_lost"]["high"]
         print(
-            f"{line['method']:24} {line['budget']:4} n={line['documents']:2} lost {line['needle_lost']['mean']:6.3f} [{low}, {high}] "
+            f"{line['method']:24} {line['budget']:4} n={line['documents']:2} "
+            f"lost {line['needle_lost']['mean']:6.3f} [{low}, {high}] "
             f"kl {line['kl']['mean']:.4f} copy {line['lost']['copy']['mean']:.3f} bytes {line['bytes_ratio']:.3f}"
         )
 

@@ -254,7 +254,9 @@ def bench(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", metavar="A,B", help="Such as h2o,snapkv+ada,expected+calibrated."),
+        typer.Option(
+            "--methods", metavar="A,B", help="Such as h2o,snapkv+ada,expected+calibrated."
+        ),
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="A,B", help="Fractions, tokens, or bytes (64MB).")

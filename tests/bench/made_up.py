@@ -10,8 +10,22 @@ METHODS = {
     "random": "Random", "streaming": "StreamingLLM", "h2o": "H2O", "snapkv": "SnapKV",
     "expected": "Expected Attention", "calibrated-h2o": "H2O, calibrated",
 }  # fmt: skip
-LOSS = {"random": 2.6, "streaming": 1.9, "h2o": 1.4, "snapkv": 3.3, "expected": 2.0, "calibrated-h2o": 0.1}
-KL = {"random": 0.9, "streaming": 0.15, "h2o": 0.06, "snapkv": 0.02, "expected": 0.05, "calibrated-h2o": 0.03}
+LOSS = {
+    "random": 2.6,
+    "streaming": 1.9,
+    "h2o": 1.4,
+    "snapkv": 3.3,
+    "expected": 2.0,
+    "calibrated-h2o": 0.1,
+}
+KL = {
+    "random": 0.9,
+    "streaming": 0.15,
+    "h2o": 0.06,
+    "snapkv": 0.02,
+    "expected": 0.05,
+    "calibrated-h2o": 0.03,
+}
 
 
 def make_results(
@@ -54,7 +68,12 @@ def make_results(
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "date": "2026-11-26", "seconds": 700,
     }  # fmt: skip
     texts = [
-        {"method": m, "budget": b, "document": "prose 1", "text": f"<script>alert('{m}')</script> and so on"}
+        {
+            "method": m,
+            "budget": b,
+            "document": "prose 1",
+            "text": f"<script>alert('{m}')</script> and so on",
+        }
         for m, b in settings
     ]
     return Results(rows, texts, about)

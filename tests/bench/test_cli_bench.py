@@ -43,9 +43,19 @@ def test_page_data_and_plan_are_written(directory: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "H2O, calibrated" in result.output and "plan:" in result.output
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"bench.html", "bench.json", "bench.parquet", "plan.json"}  # no partial results left
+    assert names == {
+        "bench.html",
+        "bench.json",
+        "bench.parquet",
+        "plan.json",
+    }  # no partial results left
     data = json.loads((tmp_path / "bench.json").read_text())
-    assert data["complete"] and {row[3] for row in data["rows"]} == {"library", "full", "streaming", "h2o+calibrated"}
+    assert data["complete"] and {row[3] for row in data["rows"]} == {
+        "library",
+        "full",
+        "streaming",
+        "h2o+calibrated",
+    }
     import regard
 
     model = regard.load(directory)

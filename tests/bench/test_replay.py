@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_models import tiny_llama
 
+from fixtures_models import tiny_llama
 from regard.bench.replay import Prefill
 from regard.cache import Budget, Cache, Room
 from regard.cache.scorers import CAKE, H2O, TOVA, ExpectedAttention, KeyNorm, SnapKV, Streaming

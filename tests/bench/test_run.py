@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_models import tiny_llama
 
 import regard
+from fixtures_models import tiny_llama
 from regard._errors import InputError
 from regard.bench import Bench, read, save, summary
 from regard.bench.planning import best_setting, make_plan, parse_size
@@ -23,9 +24,8 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -77,7 +77,9 @@ def test_compressing_hurts(results: Results):
     assert results.estimate(Setting(700, "streaming", "40"), "kl").mean > 1e-4
 
 
-def test_an_interrupted_bench_goes_on_where_it_stopped(model: Any, tmp_path: Path, results: Results):
+def test_an_interrupted_bench_goes_on_where_it_stopped(
+    model: Any, tmp_path: Path, results: Results
+):
     keep = tmp_path / "cells.jsonl"
     first = Bench(model, prose(8000), keep=keep, **OPTIONS)
     put, count = first.store.put, 0
@@ -132,7 +134,7 @@ def test_results_are_saved_and_read_back(results: Results, tmp_path: Path):
 def test_the_summary_prints(results: Results):
     from rich.console import Console
 
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary(results))
     text = console.export_text()
     assert "Expected Attention, calibrated" in text and "40 tokens" in text
@@ -142,7 +144,11 @@ def test_a_plan_comes_out(results: Results, model: Any, tmp_path: Path):
     from regard.plan import Plan
 
     setting = best_setting(results, max_kl=100.0)
-    kept = [results.estimate(s, "kept").mean for s in results.settings() if s.method not in (FULL, LIBRARY)]
+    kept = [
+        results.estimate(s, "kept").mean
+        for s in results.settings()
+        if s.method not in (FULL, LIBRARY)
+    ]
     assert results.estimate(setting, "kept").mean == pytest.approx(min(kept), abs=1e-3)
     plan = make_plan(results, model, 100.0)
     assert plan.expected["kept"] < 0.5
@@ -152,7 +158,9 @@ def test_a_plan_comes_out(results: Results, model: Any, tmp_path: Path):
 
 
 def test_a_plan_that_cannot_be_kept(results: Results, model: Any):
-    with pytest.raises(InputError, match=r"no setting stays within a KL of 1e-12 nats; the closest is"):
+    with pytest.raises(
+        InputError, match=r"no setting stays within a KL of 1e-12 nats; the closest is"
+    ):
         make_plan(results, model, 1e-12)
     with pytest.raises(InputError, match="max-kl must be above 0"):
         make_plan(results, model, 0.0)
@@ -180,7 +188,15 @@ def test_bad_input_is_refused_before_any_work(model: Any, change: dict[str, Any]
 def test_a_model_without_a_cache_is_refused(tiny_tokenizer: Any):
     from transformers import BertConfig, BertModel
 
-    bert = BertModel(BertConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    bert = BertModel(
+        BertConfig(
+            vocab_size=320,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
     bert.tokenizer = tiny_tokenizer
     with pytest.raises(InputError, match="KV cache"):
         Bench(bert, prose(8000), **OPTIONS)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_models import tiny_llama
 
 import regard
+from fixtures_models import tiny_llama
 from regard._errors import InputError, OutputError
 from regard.cache.calibration import FRACTIONS, Calibration
 from regard.plan import RULES, SCORERS, Named, Plan, apply, fingerprint
@@ -24,11 +24,16 @@ def model(tiny_tokenizer: Any) -> Any:
 
 def calibration(layers: int = 2, heads: int = 2) -> Calibration:
     shares = [
-        [[min(1, f * (0.5 + (layer + head) / 2)) for head in range(heads)] for layer in range(layers)]
+        [
+            [min(1, f * (0.5 + (layer + head) / 2)) for head in range(heads)]
+            for layer in range(layers)
+        ]
         for f in FRACTIONS[:9]
     ]
     means = [sum(map(sum, table)) / (layers * heads) for table in shares]
-    return Calibration("tiny", "made up", 1, 100, tuple(means), tuple(tuple(map(tuple, t)) for t in shares))
+    return Calibration(
+        "tiny", "made up", 1, 100, tuple(means), tuple(tuple(map(tuple, t)) for t in shares)
+    )
 
 
 def generate(model: Any, **options: Any) -> Any:
@@ -61,7 +66,11 @@ def test_names_are_parsed_and_said_back():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("snapkw", "did you mean snapkv"), ("h2o+globl", "did you mean global"), ("", "one of streaming")],
+    [
+        ("snapkw", "did you mean snapkv"),
+        ("h2o+globl", "did you mean global"),
+        ("", "one of streaming"),
+    ],
 )
 def test_unknown_names_are_refused(name: str, message: str):
     with pytest.raises(InputError, match=message):
@@ -89,9 +98,9 @@ def test_a_saved_plan_keeps_the_same_keys(model: Any, tmp_path: Any):
 
 def test_a_plan_for_another_model_is_refused(model: Any):
     plan = Plan.make(model, "h2o", 0.2)
-    with pytest.raises(InputError, match="another model .*other weights"):
+    with pytest.raises(InputError, match=r"another model .*other weights"):
         plan.cache(tiny_llama(seed=1))
-    with pytest.raises(InputError, match="another model .*other weights"):
+    with pytest.raises(InputError, match=r"another model .*other weights"):
         apply(tiny_llama(seed=1), plan)
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -191,7 +200,13 @@ def test_beams_and_padding_under_a_plan(model: Any):
     batch = PROMPT.repeat(2, 1)
     mask = torch.ones_like(batch)
     mask[0, :20] = 0
-    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": 2,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     with regard.apply(model, Plan.make(model, "h2o", 1.0)):
         planned = model.generate(batch, attention_mask=mask, **options)
     assert planned.tolist() == model.generate(batch, attention_mask=mask, **options).tolist()

@@ -39,6 +39,17 @@ def shown(estimate: Estimate | None, measure: str, digits: int = 3) -> str:
     return quantity(estimate.mean, unit, digits) + spread
 
 
+def cell(estimate: Estimate | None, measure: str) -> str:
+    """A mean over its interval, as HTML for a table."""
+    if estimate is None:
+        return "–"
+    unit = MEASURES[measure].unit
+    mean = quantity(estimate.mean, "share" if unit == "share" else "")
+    if math.isnan(estimate.low):
+        return mean
+    return f'{mean}<small class="spread">{interval(estimate.low, estimate.high, unit, 2)}</small>'
+
+
 def methods_of(results: Results, length: int) -> list[str]:
     """The methods measured at a length, without the baselines."""
     found = dict.fromkeys(s.method for s in results.settings() if s.length == length)
@@ -62,7 +73,9 @@ def pareto(results: Results, length: int, measure: str, titles: dict[str, str]) 
     ]
     low, high = min(ends), max(ends)
     if log:
-        low, high = max(low, LEAST_KL), max(high, 10 * LEAST_KL)
+        least = min(points[s][1].mean for s in compressed)
+        low = max(least / 2, LEAST_KL)
+        high = max(high, 4 * low)
     left = min(points[s][0] for s in compressed) * 0.9
 
     def across(kept: float) -> float:
@@ -70,7 +83,7 @@ def pareto(results: Results, length: int, measure: str, titles: dict[str, str]) 
 
     def place(value: float) -> float:
         if log:
-            share = (math.log(max(value, LEAST_KL)) - math.log(low)) / (
+            share = (math.log(max(value, low)) - math.log(low)) / (
                 math.log(high) - math.log(low) or 1
             )
         else:
@@ -159,9 +172,11 @@ def speed(results: Results, length: int, titles: dict[str, str]) -> str:
         least = floor.mean if floor else 0.0
         name = titles.get(setting.method, setting.method)
         kept = "" if setting.method in (FULL, LIBRARY) else size_label(setting.budget)
+        said = f"{took:.0f} ms, floor {least:.0f} ms"
         bar = (
-            f'<svg class="meter" height="14" role="img" aria-label="{escape(f"{took:.0f} ms, floor {least:.0f} ms")}">'
-            f'<rect class="rail" width="100%" height="14"/><rect class="rest" width="{pixels(100 * took / longest)}%" height="14"/>'
+            f'<svg class="meter" height="14" role="img" aria-label="{escape(said)}">'
+            f'<rect class="rail" width="100%" height="14"/>'
+            f'<rect class="rest" width="{pixels(100 * took / longest)}%" height="14"/>'
             f'<rect class="floor" width="{pixels(100 * min(least, took) / longest)}%" height="14"/></svg>'
         )
         cells = [escape(name), escape(kept), bar, quantity(took, "ms"), quantity(least, "ms")]
@@ -169,5 +184,14 @@ def speed(results: Results, length: int, titles: dict[str, str]) -> str:
             found = results.estimate(setting, measure)
             cells.append(quantity(found.mean, MEASURES[measure].unit) if found else "–")
         rows.append(cells)
-    head = ["Cache", "Kept", "A generated token", "took", "floor", "prefill", "prefill peak", "holds"]
+    head = [
+        "Cache",
+        "Kept",
+        "A generated token",
+        "took",
+        "floor",
+        "prefill",
+        "prefill peak",
+        "holds",
+    ]
     return table(head, rows, css="speed", numeric_from=3)

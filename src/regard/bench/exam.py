@@ -5,7 +5,7 @@ are unknown while the context is read: a cache that answers them has kept what n
 
 | measure | planted | asked | score |
 |---|---|---|---|
-| `needle` | up to 10 sentences `The secret code for CITY is 5 digits.`, each twice | each code | log-probability per answer token |
+| `needle` | up to 10 sentences `The secret code for CITY is 5 digits.`, each twice | each code | log-probability a token |
 | `multikey` | up to 4 `One of the special magic numbers for KEY is: 7 digits.`, each once | each number | the same |
 | `variables` | a chain `VAR A = 12345`, `VAR B = VAR A`, ... of up to 5 names | the names | the same |
 | `copy` | nothing: passages of the document itself | a passage's second half after its first | the same |
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def _chain(tokenizer: Any, length: int, draw: random.Random) -> list[_Fact]:
         f"are assigned the value {value}, they are:"
     )
     steps = [f" VAR {names[0]} = {value}."]
-    steps += [f" VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False)]
+    steps += [f" VAR {b} = VAR {a}." for a, b in pairwise(names)]
     chain = [_Fact(_ids(tokenizer, step)) for step in steps]
     chain[-1] = _Fact(chain[-1].tokens, "variables", prompt, " " + ", ".join(names))
     return chain

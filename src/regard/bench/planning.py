@@ -16,8 +16,8 @@ from regard.plan.methods import Size
 def best_setting(results: Results, max_kl: float, length: int | None = None) -> Setting:
     """The setting that keeps the least, among those whose KL is at most `max_kl` in the worse end of its interval.
 
-    With one document there is no interval, and the mean decides. Of equal memory, the smaller KL. Only the longest length is looked
-    at, unless another is given.
+    With one document there is no interval, and the mean decides. Of equal memory, the smaller KL. Only the longest length is
+    looked at, unless another is given.
 
     Raises:
         InputError: no setting stays below the bound; the message names the closest.

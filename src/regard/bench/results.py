@@ -36,7 +36,7 @@ class Measure:
 MEASURES: dict[str, Measure] = {
     measure.key: measure
     for measure in (
-        Measure("kl", "KL", "nats", False, "KL divergence of the next-token distribution from the full cache's, a token of the text that really follows"),
+        Measure("kl", "KL", "nats", False, "KL divergence of predictions from the full cache's, a token of the text after"),
         Measure("nll", "NLL", "nats", False, "negative log-likelihood of the text that really follows, a token"),
         Measure("top1", "Top-1", "share", True, "share of those tokens whose most likely prediction is the full cache's"),
         Measure("needle", "Needle", "nats", True, "log-probability, an answer token, of ten codes hidden in the context"),
@@ -49,7 +49,7 @@ MEASURES: dict[str, Measure] = {
         Measure("evict", "Evict", "s", False, "the part of it that the method adds: watching, scoring, evicting"),
         Measure("peak", "Peak", "MB", False, "largest memory during the prefill above what was in use before"),
         Measure("decode", "Decode", "ms", False, "time of one generated token, median"),
-        Measure("floor", "Floor", "ms", False, "the least that a decoding step can take: bytes of weights and cache over measured read bandwidth"),
+        Measure("floor", "Floor", "ms", False, "the least a step can take: bytes of weights and cache over read bandwidth"),
     )
 }  # fmt: skip
 QUALITY = ("kl", "nll", "top1", "needle", "multikey", "variables", "copy")

@@ -1,7 +1,7 @@
 """A bench: every method at every budget, on the same prefill of the same documents.
 
-For each document: one prefill with the full cache; each scorer watches a replay of it once; each budget is a compressed branch, graded
-on the text that follows and on the questions. Then, for the first document, real prefills and decoding steps are timed.
+For each document: one prefill with the full cache; each scorer watches a replay of it once; each budget is a compressed branch,
+graded on the text that follows and on the questions. For the first document, real prefills and decoding steps are timed.
 Finished cells are kept (`regard.bench.store`), so an interrupted bench goes on where it stopped.
 """
 
@@ -11,26 +11,22 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from regard._errors import InputError
 from regard._progress import Advance, progress
-from regard.bench import machine, speed
 from regard.bench.documents import CONTINUATION, Document, builtin_documents, text_documents
-from regard.bench.exam import SHORTEST, Exam, make_exam
-from regard.bench.replay import Prefill, Watched
+from regard.bench.exam import SHORTEST, make_exam
+from regard.bench.grader import Grader
+from regard.bench.replay import Prefill
 from regard.bench.results import FULL, LIBRARY, Results, Row
-from regard.bench.scoring import agreement, answers, branch, continuation, held_bytes
 from regard.bench.store import Store
-from regard.cache import Cache, Full
 from regard.cache.budget import check_size
 from regard.cache.calibration import Calibration, calibrate
 from regard.cache.models import cache_argument
@@ -66,8 +62,8 @@ class Bench:
     Raises:
         InputError: before any work, for anything that cannot be measured.
 
-    Cost: per document a prefill (with the queries of all layers in memory), a watching per scorer, and per setting about 25 questions;
-    the defaults take about 12 CPU minutes with SmolLM2-135M.
+    Cost: per document a prefill (with the queries of all layers in memory), a watching per scorer, and per setting about 20
+    questions; the defaults take about 12 CPU minutes with SmolLM2-135M.
     """
 
     def __init__(
@@ -138,7 +134,10 @@ class Bench:
         """The names of everything to be measured."""
         names = []
         for length, documents in self.documents.items():
-            settings = [(FULL, "1"), *((str(m), str(b)) for m in self.methods for b in self.budgets)]
+            settings = [
+                (FULL, "1"),
+                *((str(m), str(b)) for m in self.methods for b in self.budgets),
+            ]
             names += [f"{length}/{d.name}/{m}/{b}" for d in documents for m, b in settings]
             if self.timed:
                 timed = [(LIBRARY, "1"), *settings]
@@ -167,14 +166,11 @@ class Bench:
         exam = make_exam(self.tokenizer, document, length, self.seed)
         prefill = Prefill(self.model, exam.context)
         try:
-            reference = continuation(self.model, prefill.full, exam)
-            grade = Grader(self, exam, prefill, reference, advance)
-            grade.cell(FULL, "1", lambda: prefill.full)
-            if timed:
-                grade.time_cell(LIBRARY, "1", _library_cache(prefill), lambda: DynamicCache(config=self.model.config))
-                grade.time_cell(FULL, "1", lambda: branch(prefill.full), lambda: Full(self.model))
+            grade = Grader(self.model, self.tokenizer, self.store, exam, prefill, advance)
+            grade.baselines(timed)
             for scorer in dict.fromkeys(method.scorer for method in self.methods):
-                grade.scorer([m for m in self.methods if m.scorer == scorer], timed)
+                own = [method for method in self.methods if method.scorer == scorer]
+                grade.scorer(own, self.budgets, self.calibrated, timed)
         finally:
             prefill.close()
 
@@ -219,7 +215,10 @@ class Bench:
 
         facts = provenance(self.model, self.tokenizer, digest=False)
         entries = {
-            LIBRARY: {"title": "DynamicCache", "source": "the cache that transformers makes by default"},
+            LIBRARY: {
+                "title": "DynamicCache",
+                "source": "the cache that transformers makes by default",
+            },
             FULL: {"title": "Full cache", "source": "regard.cache.Full: drops nothing"},
             **{str(m): {"title": m.title, "source": m.source} for m in self.methods},
         }
@@ -243,112 +242,6 @@ class Bench:
         }  # fmt: skip
 
 
-class Grader:
-    """Grades caches on one document and writes the cells."""
-
-    def __init__(
-        self, bench: Bench, exam: Exam, prefill: Prefill, reference: Tensor, advance: Advance
-    ) -> None:
-        self.bench, self.exam, self.prefill, self.reference = bench, exam, prefill, reference
-        self.advance = advance
-        self.states = sum(
-            layer.keys.nbytes + layer.values.nbytes  # type: ignore[union-attr]
-            for layer in prefill.full.held
-        )
-
-    def name(self, method: str, budget: str) -> str:
-        return f"{self.exam.length}/{self.exam.name}/{method}/{budget}"
-
-    def rows(self, method: str, budget: str, numbers: list[tuple[str, float, float | None]]) -> list[list[Any]]:
-        exam = self.exam
-        return [[exam.name, exam.kind, exam.length, method, budget, m, v, d] for m, v, d in numbers]
-
-    def cell(self, method: str, budget: str, make: Callable[[], Cache], seconds: float | None = None) -> None:
-        """Quality and memory of one setting."""
-        name = self.name(method, budget)
-        if name in self.bench.store:
-            return
-        model, cache = self.bench.model, make()
-        logits = self.reference if method == FULL else continuation(model, cache, self.exam)
-        numbers: list[tuple[str, float, float | None]] = [
-            (measure, value, None)
-            for measure, value in agreement(logits, self.reference, self.exam).items()
-        ]
-        numbers += [(measure, value, depth) for measure, depth, value in answers(model, cache, self.exam)]
-        held = cache.memory()
-        numbers += [("bytes", held / 1e6, None), ("kept", held / self.states, None)]
-        if seconds is not None:
-            numbers.append(("evict", seconds, None))
-        self.bench.store.put(name, {"rows": self.rows(method, budget, numbers)})
-        self.advance()
-
-    def time_cell(
-        self, method: str, budget: str, filled: Callable[[], Any], empty: Callable[[], Any] | None
-    ) -> None:
-        """Decoding from a filled cache, and a real prefill of an empty one where that is asked for."""
-        name = self.name(method, budget) + "/time"
-        if name in self.bench.store:
-            return
-        bench = self.bench
-        bandwidth = bench.store.get(
-            "bandwidth", lambda: machine.read_bandwidth(next(bench.model.parameters()).device)
-        )
-        cache = filled()
-        numbers: list[tuple[str, float, float | None]] = [
-            ("floor", speed.floor(machine.decode_bytes(bench.model), cache, bandwidth), None)
-        ]
-        if method == LIBRARY:
-            held = held_bytes(cache)
-            numbers += [("bytes", held / 1e6, None), ("kept", held / self.states, None)]
-        written = speed.write(bench.model, cache, int(self.prefill.logits.argmax()))
-        numbers.append(("decode", written.milliseconds, None))
-        _close(cache)
-        if empty is not None:
-            fresh = empty()
-            took = speed.prefill(bench.model, fresh, self.exam.context)
-            _close(fresh)
-            numbers.append(("prefill", took.seconds, None))
-            if took.peak is not None:
-                numbers.append(("peak", took.peak / 1e6, None))
-        text = {"method": method, "budget": budget, "document": self.exam.name,
-                "text": bench.tokenizer.decode(written.tokens)}  # fmt: skip
-        bench.store.put(name, {"rows": self.rows(method, budget, numbers), "text": text})
-        self.advance()
-
-    def scorer(self, methods: list[Named], timed: bool) -> None:
-        """All methods that share a scorer: it watches once."""
-        bench = self.bench
-        wanted = [
-            (method, size, self.name(str(method), str(size)))
-            for method in methods
-            for size in bench.budgets
-        ]
-        ends = ("", "/time") if timed else ("",)
-        if all(name + end in bench.store for *_, name in wanted for end in ends):
-            return
-        watched = self._watched(methods[0])
-        try:
-            for method, size, name in wanted:
-                calibration = bench.calibrated() if method.calibrated else None
-                budget = method.make_budget(size, calibration)
-                cache, seconds = watched.evicted(budget)
-                self.cell(str(method), name.rpartition("/")[2], lambda c=cache: c, seconds)
-                if timed:
-                    first = size == bench.budgets[0]
-                    empty = lambda m=method, s=size, c=calibration: m.make_cache(bench.model, s, c)  # noqa: E731
-                    self.time_cell(
-                        str(method), str(size), lambda c=cache: branch(c), empty if first else None
-                    )
-                cache.close()
-        finally:
-            watched.close()
-
-    def _watched(self, method: Named) -> Watched:
-        if method.scorer == "kvzip":
-            return self.prefill.repeated(self.bench.tokenizer)
-        return self.prefill.watched(method.make_scorer())
-
-
 def bench(model: Any = "smollm2", text: str | None = None, **options: Any) -> Results:
     """Measures what each cache method saves and costs on a model and a text; see `Bench` for all options.
 
@@ -356,26 +249,6 @@ def bench(model: Any = "smollm2", text: str | None = None, **options: Any) -> Re
     >>> results.lost(results.settings()[-1], "needle")  # doctest: +SKIP
     """
     return Bench(model, text, **options).run()
-
-
-def _library_cache(prefill: Prefill) -> Callable[[], DynamicCache]:
-    """transformers' own cache after the same prefill."""
-
-    def make() -> DynamicCache:
-        cache = DynamicCache(config=prefill.model.config)
-        if prefill.replays:
-            for index, layer in enumerate(prefill.full.held):
-                cache.update(layer.keys.clone(), layer.values.clone(), index)  # type: ignore[union-attr]
-        else:
-            speed.prefill(prefill.model, cache, prefill.tokens)
-        return cache
-
-    return make
-
-
-def _close(cache: Any) -> None:
-    if isinstance(cache, Cache):
-        cache.close()
 
 
 def _digest(documents: dict[int, list[Document]]) -> str:

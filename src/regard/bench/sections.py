@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regard.bench.charts import depth_table, methods_of, pareto, shown, size_label, speed
+from regard.bench.charts import cell, depth_table, methods_of, pareto, size_label, speed
 from regard.bench.results import FULL, LIBRARY, MEASURES, QUALITY, Results, Setting
 from regard.report.markup import THIN, command, escape, number, quantity, table, text_table
 
@@ -35,7 +35,11 @@ def hero(results: Results) -> str:
         facts.append(("Full cache", f"{number(full.mean)} MB", f"at {number(lengths[0])} tokens"))
     if about.get("bandwidth"):
         facts.append(
-            ("Read bandwidth", f"{number(about['bandwidth'] / 1e9)} GB/s", f"{about.get('threads')} threads")
+            (
+                "Read bandwidth",
+                f"{number(about['bandwidth'] / 1e9)} GB/s",
+                f"{about.get('threads')} threads",
+            )
         )
     if not results.complete:
         facts.append(("Unfinished", "Partial", "run the command again to go on"))
@@ -69,7 +73,9 @@ def findings(results: Results, titles: dict[str, str]) -> str:
     items = []
     for length in results.lengths():
         budgets = dict.fromkeys(
-            s.budget for s in results.settings() if s.length == length and s.method not in (FULL, LIBRARY)
+            s.budget
+            for s in results.settings()
+            if s.length == length and s.method not in (FULL, LIBRARY)
         )
         for budget in budgets:
             found = _finding(results, length, budget, titles)
@@ -121,7 +127,8 @@ def fronts(results: Results, titles: dict[str, str]) -> str:
         return ""
     measures = dict.fromkeys(measure for _, measure, _ in charts)
     chips = "".join(
-        f'<button type="button" role="radio" aria-checked="{str(i == 0).lower()}" data-show="{m}">{escape(MEASURES[m].label)}</button>'
+        f'<button type="button" role="radio" aria-checked="{str(i == 0).lower()}" data-show="{m}">'
+        f"{escape(MEASURES[m].label)}</button>"
         for i, m in enumerate(measures)
     )
     drawn = "".join(
@@ -152,9 +159,14 @@ def numbers(results: Results, titles: dict[str, str]) -> str:
         kept = results.estimate(setting, "kept")
         name = escape(titles.get(setting.method, setting.method))
         budget = "" if setting.method in (FULL, LIBRARY) else escape(size_label(setting.budget))
-        cells = [name, budget, number(setting.length), quantity(kept.mean, "share") if kept else "–"]
+        cells = [
+            name,
+            budget,
+            number(setting.length),
+            quantity(kept.mean, "share") if kept else "–",
+        ]
         for measure in QUALITY:
-            cells.append(escape(shown(results.estimate(setting, measure), measure)))
+            cells.append(cell(results.estimate(setting, measure), measure))
         if any(cell != "–" for cell in cells[4:]):
             body.append(cells)
     head = ["Method", "Budget", "Tokens", "Held", *(MEASURES[m].label for m in QUALITY)]
@@ -173,7 +185,9 @@ def depth(results: Results, titles: dict[str, str]) -> str:
         settings = [
             s
             for s in results.settings()
-            if s.length == length and s.method not in (FULL, LIBRARY) and results.estimate(s, "needle")
+            if s.length == length
+            and s.method not in (FULL, LIBRARY)
+            and results.estimate(s, "needle")
         ]
         budgets = dict.fromkeys(s.budget for s in settings)
         for budget in budgets:
@@ -224,7 +238,9 @@ def appendix(results: Results) -> str:
     """What every measure and method is."""
     used = {row.measure for row in results.rows}
     measures = [
-        [escape(m.label), escape(m.unit), escape(m.short)] for m in MEASURES.values() if m.key in used
+        [escape(m.label), escape(m.unit), escape(m.short)]
+        for m in MEASURES.values()
+        if m.key in used
     ]
     methods = [
         [escape(entry["title"]), escape(key), escape(entry["source"])]

@@ -36,7 +36,9 @@ SCORERS: dict[str, Part] = {
     "streaming": Part("StreamingLLM", "Xiao et al. 2023, arXiv 2309.17453", scorers.Streaming),
     "h2o": Part("H2O", "Zhang et al. 2023, arXiv 2306.14048", scorers.H2O),
     "h2o-mean": Part(
-        "H2O, mean", "H2O divided by the queries that see a key", lambda: scorers.H2O(normalise=True)
+        "H2O, mean",
+        "H2O divided by the queries that see a key",
+        lambda: scorers.H2O(normalise=True),
     ),
     "snapkv": Part("SnapKV", "Li et al. 2024, arXiv 2404.14469", scorers.SnapKV),
     "tova": Part("TOVA", "Oren et al. 2024, arXiv 2401.06104", scorers.TOVA),

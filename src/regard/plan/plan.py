@@ -8,7 +8,8 @@
 
     model.generate(**inputs, past_key_values=plan.cache(model))   # or one at a time
 
-A plan holds no weights and no text: the model's fingerprint, a method, a budget, and for calibrated budgets the shares of its heads.
+A plan holds no weights and no text: the model's fingerprint, a method, a budget, and for calibrated budgets the shares of its
+heads.
 """
 
 from __future__ import annotations
