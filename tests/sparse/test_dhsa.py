@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regard
+import regard.texts
 from regard._errors import InputError, ModelError, OutputError
 from regard.nn import BoundaryPredictor
 from regard.ops.boundary_ratio import boundary_ratio
@@ -173,3 +174,21 @@ def test_training_refuses_texts_without_gaps():
         train_boundary_predictor(llama(), [torch.zeros(15, dtype=torch.long)])
     with pytest.raises(InputError, match="texts must be one or more"):
         train_boundary_predictor(llama(), [])
+
+
+@pytest.mark.model
+def test_the_embedded_model_with_its_own_predictor():
+    model = regard.load("smollm2")
+    ids = model.tokenizer(regard.texts.prose(1500), return_tensors="pt").input_ids[:, :240]
+    small: dict[str, Any] = {"block": 32, "local": 32, "first": 16, "instruction": 16}
+    with torch.no_grad():
+        plain = model(ids).logits
+        with regard.attach(model, DHSA.for_smollm2(budget=1.0, **small)):
+            torch.testing.assert_close(model(ids).logits, plain, atol=1e-3, rtol=0)
+        method = DHSA.for_smollm2(budget=80, **small)
+        with regard.attach(model, method):
+            sparse = model(ids).logits
+            cuts = method._cuts[""][0]
+    assert cuts[0] == 0 and cuts[-1] == 240 and 8 <= len(cuts) <= 8 * (240 // 32) + 2
+    change = (sparse.log_softmax(-1) - plain.log_softmax(-1)).abs().mean()
+    assert 1e-3 < change < 2

@@ -14,6 +14,7 @@ Source: Xiong et al. 2025, "Long-Context Modeling with Dynamic Hierarchical Spar
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from importlib import resources
@@ -95,11 +96,15 @@ class DHSA(HierarchicalSparse):
         self.threshold, self.distance = threshold, distance
 
     @classmethod
-    def for_smollm2(cls, **rest: Any) -> DHSA:
-        """With the predictor that comes with regard, trained on the embedded SmolLM2-135M-Instruct."""
+    def for_smollm2(cls, *, threshold: float = -math.inf, **rest: Any) -> DHSA:
+        """With the predictor that comes with regard, trained on the embedded SmolLM2-135M-Instruct.
+
+        Its training is short and its logits seldom reach the paper's threshold, so that by default none is set: the highest
+        logits become boundaries, as many as their distance and the most chunks allow.
+        """
         data = resources.files("regard.sparse").joinpath("data", "smollm2_boundaries.safetensors")
         with resources.as_file(data) as path:
-            return cls(load_predictor(path), **rest)
+            return cls(load_predictor(path), threshold=threshold, **rest)
 
     @torch.no_grad()
     def cuts(self, call: AttentionCall) -> Int[Tensor, " ends"]:
