@@ -99,7 +99,8 @@ def front_at(points: list[tuple[float, float]], work: float) -> float | None:
     ordered = sorted([*points, (1.0, 1.0)])
     if not ordered[0][0] <= work <= 1:
         return None
-    return float(np.interp(work, *zip(*ordered, strict=True)))
+    works, agreements = zip(*ordered, strict=True)
+    return float(np.interp(work, works, agreements))
 
 
 def drift_profile(

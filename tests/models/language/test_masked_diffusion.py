@@ -10,7 +10,8 @@ import regard
 from regard._errors import InputError, ModelError
 from regard.instruments import Entropy
 from regard.models.language import MaskedDiffusionConfig, MaskedDiffusionLM, char_tasks
-from regard.models.language.masked_diffusion import SHIPPED, answers, rotate
+from regard.models.language.blocks import rotate
+from regard.models.language.masked_diffusion import SHIPPED, answers
 
 SMALL = MaskedDiffusionConfig(layers=2, width=32, heads=4, hidden=48)
 

@@ -43,9 +43,14 @@ class Denoiser(Protocol):
         shift: the logits of row `p - shift` predict position p (0 for LLaDA, 1 for Dream).
     """
 
-    mask_token_id: int
-    eos_token_id: int | None
-    shift: int
+    @property
+    def mask_token_id(self) -> int: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def shift(self) -> int: ...
 
     @property
     def blocks(self) -> Sequence[Any]: ...

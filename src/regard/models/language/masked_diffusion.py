@@ -7,7 +7,7 @@ Training hides each answer token with probability t, drawn anew for each sample,
 Generation starts from an answer made of masks and commits the tokens that it is sure of, step by step
 (`regard.cache.diffusion`). The blocks are pre-norm with RMSNorm, rotary positions and SwiGLU, their attention goes through
 `regard`'s engine, so every instrument attaches. `MaskedDiffusionLM.from_pretrained()` loads the weights that ship with the
-package; the command that trained them is in `regard.models.language.training`.
+package; the commands that trained them are in `regard.models.language.training`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard._errors import InputError, ModelError
-from regard.attach.modules import HookedAttention
 from regard.cache.diffusion import DiffusionCache, Generation, generate
+from regard.models.language.blocks import Block, MaskedDiffusionConfig
 from regard.models.language.char_tasks import (
     LENGTH,
     Samples,
@@ -37,102 +36,6 @@ from regard.models.language.char_tasks import (
 )
 
 SHIPPED = Path(__file__).parent / "data"
-
-
-@dataclass(frozen=True)
-class MaskedDiffusionConfig:
-    """Shape of the model; `mask_token_id` and `eos_token_id` (also the padding) are part of the vocabulary."""
-
-    vocabulary: int = 64
-    mask_token_id: int = 62
-    eos_token_id: int = 61
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    hidden: int = 344
-    positions: int = 128
-    theta: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        if self.width % (2 * self.heads):
-            raise InputError.of(
-                "width", given=self.width, expected=f"a multiple of {2 * self.heads}"
-            )
-        for name in ("mask_token_id", "eos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocabulary:
-                raise InputError.of(
-                    name, given=getattr(self, name), expected=f"below {self.vocabulary}"
-                )
-
-
-def rotate(states: Float[Tensor, "batch heads rows dim"], angles: Tensor) -> Tensor:
-    """Rotary positions: the pair `(x_i, x_{i + dim/2})` turns by `angles[..., i]` (`[batch, 1, rows, dim / 2]`)."""
-    first, second = states.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-class Attention(HookedAttention):
-    """Multi-head attention over every token, before and after."""
-
-    is_causal = False
-
-    def __init__(self, config: MaskedDiffusionConfig) -> None:
-        super().__init__()
-        self.heads, dim = config.heads, config.width // config.heads
-        self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        frequencies = config.theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def project(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, `[batch, heads, rows, dim]` each."""
-        batch, rows, _ = states.shape
-        parts = self.qkv_proj(states).view(batch, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        angles = positions[:, None, :, None].float() * self.frequencies
-        return rotate(parts[0], angles), rotate(parts[1], angles), parts[2]
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: MaskedDiffusionConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(states).chunk(2, dim=-1)
-        return self.down_proj(nn.functional.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """One layer in the three parts that a diffusion cache runs apart: `project`, `attend`, `finish`."""
-
-    def __init__(self, config: MaskedDiffusionConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.mlp = SwiGLU(config)
-
-    def project(
-        self, hidden: Float[Tensor, "batch rows width"], positions: Int[Tensor, "batch rows"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some rows, `[batch, heads, rows, dim]`."""
-        return self.attention.project(self.attention_norm(hidden), positions)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of some rows over all keys, `[batch, heads, rows, dim]`."""
-        return self.attention.attend(query, key, value)
-
-    def finish(
-        self, hidden: Float[Tensor, "batch rows width"], attended: Tensor
-    ) -> Float[Tensor, "batch rows width"]:
-        """What the block returns for those rows: output projection, residual sums and feed-forward."""
-        hidden = hidden + self.attention.o_proj(attended.transpose(1, 2).flatten(2))
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        return self.finish(hidden, self.attend(*self.project(hidden, positions)))
 
 
 class MaskedDiffusionLM(nn.Module):
