@@ -137,7 +137,7 @@ def experiment(run: Run) -> None:
 
     run.seed(0)
     model = MaskedDiffusionLM.from_pretrained()
-    count = run.pick(quick=4, full=48)
+    count = run.pick(quick=4, full=40)
     prompts = task_prompts(count, seed=2_000_001)
 
     exact = run.partial(

@@ -181,6 +181,7 @@ class MaskedDiffusionLM(nn.Module):
         }
         staged = folder / ".model.safetensors.partial"
         save_file(weights, staged, metadata={"format": "pt"})
+        os.chmod(staged, 0o644)
         os.replace(staged, folder / "model.safetensors")
         staged = folder / ".config.json.partial"
         staged.write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")

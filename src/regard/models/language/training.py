@@ -1,7 +1,7 @@
 """Training a masked-diffusion model; as a program, the training of the weights that ship with the package.
 
     python -m regard.models.language.training --out first/ --steps 3000 --stop 2000
-    python -m regard.models.language.training --out weights/ --start first/ --steps 400 --learning-rate 0.0015 --seed 1
+    python -m regard.models.language.training --out weights/ --start first/ --steps 300 --learning-rate 0.0015 --seed 1
 
 take about 12 minutes of one core: a long stage, cut at a quarter of its peak rate, and a short one down to nothing. The
 matrices inside blocks are trained by Muon, the other parameters by AdamW; the noise levels of a batch are spread evenly over
