@@ -285,8 +285,8 @@ def _record_default(
         here=float(np.median(ratios)),
         interval=(min(ratios), max(ratios)),
         setting=f"{HERE}; batches of {min(prompts, 16)} prompts on one core",
-        note=f"median of {len(ratios)} interleaved repeats on a shared machine, interval: their range; {1 / work:.1f} times fewer "
-        "rows; a drift test and more, smaller calls are what the difference goes into",
+        note=f"median of {len(ratios)} interleaved repeats on a shared machine, interval: their range; rows are "
+        f"{1 / work:.1f} times fewer",
     )
 
 
