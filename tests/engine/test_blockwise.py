@@ -302,3 +302,57 @@ def test_a_mask_window_never_leaves_out_a_visible_key() -> None:
         inside = window.visible(len(rows), rows.device)
         seen[..., window.lo : window.hi] = True if inside is None else inside
         assert torch.equal(seen, visible[:, :, rows])
+
+
+class ReadScores(Method):
+    """The scores of every block, read before or after its entropy."""
+
+    reads_only = True
+
+    def __init__(self, *, entropy_first: bool) -> None:
+        self.entropy_first = entropy_first
+        self.seen: list[torch.Tensor] = []
+
+    def weights(self, block: Block) -> None:
+        if self.entropy_first:
+            assert (block.entropy >= 0).all()
+        self.seen.append(block.scores.clone())
+
+
+def test_scores_can_be_read_after_the_entropy_took_their_place():
+    query, key = torch.randn(2, 4, 70, 8), torch.randn(2, 2, 70, 8)
+    before, after = ReadScores(entropy_first=False), ReadScores(entropy_first=True)
+    for method in (before, after):
+        attend(AttentionCall.make(query, key, key, softcap=3.0), Pipeline([method]))
+    for left, right in zip(before.seen, after.seen, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
+
+
+class ReadParts(Method):
+    reads_only = True
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+
+    def weights(self, block: Block) -> None:
+        rows = len(block.rows)
+        counts = [rows // self.runs] * self.runs
+        counts[-1] += rows - sum(counts)
+        parts = block.received_by_part(counts)
+        held = block.weights * (block.valid[:, None, :, None] if block.valid is not None else 1)
+        at = 0
+        for part, count in zip(parts, counts, strict=True):
+            expected = held[:, :, at : at + count].sum(2)
+            torch.testing.assert_close(part, expected, atol=1e-5, rtol=0)
+            at += count
+        torch.testing.assert_close(block.received(), held.sum(2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("runs", [1, 3, 16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_parts_of_a_block_receive_adds_up(runs, padded):
+    query, key = torch.randn(2, 4, 48, 8), torch.randn(2, 2, 48, 8)
+    valid = torch.ones(2, 48, dtype=torch.bool)
+    valid[1, 40:] = False
+    call = AttentionCall.make(query, key, key, valid=valid if padded else None)
+    attend(call, Pipeline([ReadParts(runs)]))

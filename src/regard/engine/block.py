@@ -5,6 +5,7 @@ Everything here is computed at most once per block and only when asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -40,17 +41,33 @@ class Block:
         self.call = call
         self.rows = rows
         self.window = window
-        self.scores = scores
+        self.rescore: Callable[[], Tensor] | None = None
+        self._scores: Tensor | None = scores
+        self._scores_place = _place(scores)
         self._weights: Tensor = scores
         self.share = share
         self.contiguous = contiguous
         self.plain = False  # weights == softmax(scores), nothing replaced
-        self.scratch: Tensor | None = None
         self.padded: Tensor | None = (
             None  # storage of the weights with `padding` spare numbers in front
         )
         self.padding = 0
         self._first = int(rows[0])
+
+    @property
+    def scores(self) -> Float[Tensor, "batch heads rows keys"]:
+        if self._scores is None:  # the entropy was computed in their place
+            assert self.rescore is not None
+            self._scores = self.rescore()
+        return self._scores
+
+    @scores.setter
+    def scores(self, scores: Tensor) -> None:
+        self._scores = scores
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a view of this block's scores or weights, which the next block overwrites."""
+        return _place(tensor) in (self._scores_place, _place(self._weights))
 
     @property
     def weights(self) -> Float[Tensor, "batch heads rows keys"]:
@@ -116,7 +133,8 @@ class Block:
     def entropy(self) -> Float[Tensor, "batch heads rows"]:
         """Shannon entropy of every row in nats: `logsumexp - sum_k weights * scores` for an ordinary softmax.
 
-        One multiplication pass over the block. With learned sinks, replaced weights or 16-bit input the definition
+        One multiplication pass over the block, in the place of the scores where they can be computed again
+        (`block.scores` then does so). With learned sinks, replaced weights or 16-bit input the definition
         `-sum w log w` is used instead (over the visible keys and, with learned sinks, the sink's share).
         """
         if self.plain:
@@ -127,10 +145,11 @@ class Block:
         return entropy
 
     def _mean_score(self) -> Tensor:
-        if self.scratch is None:
+        if self.rescore is None:
             return (self.weights * self.scores).sum(-1)
-        room = self.scratch[: self.weights.numel()].view(self.weights.shape)
-        return torch.mul(self.weights, self.scores, out=room).sum(-1)
+        products = self.scores.mul_(self.weights)
+        self._scores = None
+        return products.sum(-1)
 
     def expect(self, columns: Float[Tensor, "keys"]) -> Float[Tensor, "batch heads rows"]:
         """The attention-weighted mean of one number per key slot of the whole call, `sum_k weights * columns[k]`."""
@@ -151,6 +170,29 @@ class Block:
     @cached_property
     def _received(self) -> Tensor:
         return self.row_sum(slice(0, len(self.rows)))
+
+    def received_by_part(self, counts: list[int]) -> Float[Tensor, "parts batch heads keys"]:
+        """`received()` of consecutive runs of rows, `counts[i]` rows each (they add up to the block's rows).
+
+        One pass over the weights; `received()` is their sum afterwards and costs nothing more.
+        """
+        if len(counts) == 1:
+            return self.received()[None]
+        if len(counts) <= 8:
+            starts = [sum(counts[:i]) for i in range(len(counts))]
+            runs = zip(starts, counts, strict=True)
+            parts = torch.stack([self.row_sum(slice(at, at + count)) for at, count in runs])
+        else:
+            device, rows = self.rows.device, len(self.rows)
+            part = torch.repeat_interleave(torch.tensor(counts, device=device), output_size=rows)
+            choose = self.weights.new_zeros(1, len(counts), rows)
+            choose[:, part, torch.arange(rows, device=device)] = 1
+            if self.valid is not None:
+                choose = choose * self.valid[:, None]
+            parts = torch.matmul(choose[:, None], self.weights).permute(2, 0, 1, 3)
+        if "_received" not in vars(self):
+            self._received = parts.sum(0)
+        return parts
 
     @cached_property
     def mass(self) -> Float[Tensor, "batch heads rows"] | float:
@@ -221,3 +263,7 @@ class Block:
             outside = torch.arange(width, device=view.device)[None, :] > row + first + (width - 1)
             view = view.masked_fill_(outside, 0)
         return view
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

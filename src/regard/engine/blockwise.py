@@ -11,15 +11,18 @@ every block (two buffers, allocated once per call).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from regard.engine.block import Block
 from regard.engine.call import AttentionCall
+from regard.engine.masks import Window
 from regard.engine.method import Method, reading
 
 PADDING = 512
+SAMPLED_BLOCKS = 8
 BLOCK_NUMBERS = 2_400_000
 """Numbers in one block of scores: small enough for the processor's cache, large enough for efficient products."""
 
@@ -64,7 +67,8 @@ def _row_blocks(call: AttentionCall, rows: Tensor | None) -> Iterator[Tensor]:
         for start in range(0, call.queries, size):
             yield torch.arange(start, min(start + size, call.queries), device=device)
     else:
-        size = block_size(call, len(rows))
+        # sampled rows lie far apart: small blocks, so that each computes few keys beyond its rows' own
+        size = min(block_size(call), max(16, len(rows) // SAMPLED_BLOCKS))
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
@@ -147,8 +151,9 @@ def attend(
             weights = storage[PADDING : PADDING + numbers].view(batch, heads, count, hi - lo)
             torch.softmax(block.scores, -1, out=weights)
             block.padded, block.padding = storage, PADDING
-            if methods_weights:
-                block.scratch = workspace.take("scratch", numbers, query)
+            if not rewritten:
+                parts = (folded, keys_t[..., lo:hi])
+                block.rescore = partial(_rescore, call, window, block_rows, parts, lowest)
         block.weights, block.plain = weights, call.sinks is None and not rewritten
         if window.dead:
             block.weights = weights.masked_fill(~block.visible.any(-1, keepdim=True), 0)  # type: ignore[union-attr]
@@ -193,6 +198,14 @@ def attend(
     return result.view(batch, heads, queries, -1).to(call.query.dtype)
 
 
+def _rescore(
+    call: AttentionCall, window: Window, rows: Tensor, parts: tuple[Tensor, Tensor], lowest: float
+) -> Tensor:
+    """The scores of a block once more."""
+    scores = torch.matmul(*parts).view(call.query.shape[0], call.heads, len(rows), -1)
+    return _shape_scores(call, window, rows, scores, lowest, False)
+
+
 def _needs_grad(call: AttentionCall, methods: tuple[Method, ...]) -> bool:
     """Whether autograd may come back to a block, so that the shared buffers must not be used.
 
@@ -213,7 +226,7 @@ def _sinks(sinks: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _shape_scores(
-    call: AttentionCall, window, rows: Tensor, scores: Tensor, lowest: float, grad: bool
+    call: AttentionCall, window: Window, rows: Tensor, scores: Tensor, lowest: float, grad: bool
 ) -> Tensor:
     """Soft-capping, position bias and mask, in this order (the order of the models that have them)."""
     lo, hi = window.lo, window.hi

@@ -169,7 +169,7 @@ class RowInstrument(Instrument):
             included = included.expand(block.weights.shape[0], -1)
             valid = included if valid is None else valid & included
         for name, values in rows.items():
-            if _shares_memory(values, block.weights) or _shares_memory(values, block.scores):
+            if block.owns(values):
                 values = values.clone()  # the next block overwrites it
             self._pending.setdefault(name, []).append((values, valid))
 
@@ -257,10 +257,6 @@ class RowInstrument(Instrument):
 
     def compute(self) -> dict[str, HeadMeasure]:
         return {name: self.mean(name) for name in self.quantities}
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _counts(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:

@@ -79,9 +79,7 @@ class FutureInfluence(SeriesInstrument):
         pairs = pairs.to(block.weights.dtype)
         into = slice(band + before, high + before)
         weights = block.weights[..., band - low : high - low]
-        sums[..., into] += (
-            torch.einsum("bhqk,bqk->bhk", weights, pairs.expand(len(weights), -1, -1)) * block.share
-        )
+        sums[..., into] += (weights * pairs[:, None]).sum(-2) * block.share
         counts[..., into] += pairs.sum(1, keepdim=True) * block.share
 
     @staticmethod

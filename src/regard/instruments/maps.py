@@ -64,22 +64,16 @@ class PooledMaps(Instrument):
             else block.rows * self.bins // call.queries
         )
         firsts, counts = torch.unique_consecutive(bins, return_counts=True)
-        picture = torch.zeros(
-            call.heads, self.bins, self.bins, dtype=torch.float32, device=block.rows.device
-        )
+        sums = block.received_by_part(counts.tolist()).sum(1)  # [parts, heads, keys]
+        total = torch.nn.functional.pad(sums.cumsum(-1), (1, 0))
+        shares = (total[..., inside[1:]] - total[..., inside[:-1]]).float()
+        picture = shares.new_zeros(call.heads, self.bins, self.bins)
+        picture[:, firsts] = shares.transpose(0, 1)
         rows = torch.zeros(self.bins, device=block.rows.device)
-        start = 0
-        several = len(firsts) > 1
-        for index, count in zip(firsts.tolist(), counts.tolist(), strict=True):
-            part = slice(start, start + count)
-            sums = block.row_sum(part) if several else block.received()
-            total = torch.nn.functional.pad(sums.sum(0).cumsum(-1), (1, 0))
-            picture[:, index] += (total[:, inside[1:]] - total[:, inside[:-1]]).float()
-            valid = (
-                count * sums.shape[0] if block.valid is None else float(block.valid[:, part].sum())
-            )
-            rows[index] += valid
-            start += count
+        if block.valid is None:
+            rows[firsts] = counts.float() * block.weights.shape[0]
+        else:
+            rows.index_add_(0, bins, block.valid.sum(0).float())
         key = block.site.key
         self.accumulate("sum", key, picture)
         self.accumulate("rows", key, rows)

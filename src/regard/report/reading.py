@@ -47,6 +47,7 @@ MEASURES = {
 def report_instruments() -> list[Instrument]:
     """Everything that a report reads in its one pass."""
     return [
+        PooledMaps(BLOCKS),
         Entropy(),
         Distance(),
         WAAD(),
@@ -54,7 +55,6 @@ def report_instruments() -> list[Instrument]:
         SinkMass(),
         Sinks(),
         PatternProfile(),
-        PooledMaps(BLOCKS),
         ValueDrain(),
         HeadOutputNorms(),
         ResidualPeaks(),
