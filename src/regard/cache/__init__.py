@@ -16,11 +16,13 @@ from regard.cache.cake import Cake
 from regard.cache.calibrated import Calibrated
 from regard.cache.calibration import Calibration, calibrate
 from regard.cache.expected_attention import ExpectedAttention
+from regard.cache.files import load
 from regard.cache.h2o import H2O
 from regard.cache.keynorm import KeyNorm
 from regard.cache.kvzip import KVzip
 from regard.cache.layer import Layer
 from regard.cache.pyramid import PyramidKV
+from regard.cache.quantised import Quantised
 from regard.cache.retrieval_heads import RetrievalHeads
 from regard.cache.scorer import Scorer
 from regard.cache.snapkv import SnapKV
@@ -42,6 +44,7 @@ __all__ = [
     "KeyNorm",
     "Layer",
     "PyramidKV",
+    "Quantised",
     "Ragged",
     "RetrievalHeads",
     "Room",
@@ -51,5 +54,6 @@ __all__ = [
     "StreamingExact",
     "budgets",
     "calibrate",
+    "load",
     "scorers",
 ]

@@ -38,7 +38,7 @@ class Room:
     tokens: Int[Tensor, "batch"]
     layers: Sequence[Layer]
     total: int
-    protected: Sequence[Int[Tensor, "batch kv_heads"]]
+    protected: Sequence[Int[Tensor, "batch _kv_heads"]]
     decoding: bool = False
 
 
@@ -59,8 +59,8 @@ class Budget:
         check_size(self.size)
 
     def counts(
-        self, scores: Sequence[Float[Tensor, "batch kv_heads held"]], room: Room
-    ) -> list[Int[Tensor, "batch kv_heads"]]:
+        self, scores: Sequence[Float[Tensor, "batch _kv_heads _held"]], room: Room
+    ) -> list[Int[Tensor, "batch _kv_heads"]]:
         """How many slots each KV head keeps, for each of `room.layers`, protected ones included.
 
         `scores` are the scorer's with +inf at protected slots and -inf at slots that hold nothing. The cache keeps the best

@@ -32,8 +32,8 @@ from regard.cache.calibration import Calibration
 from regard.ops.budgets import allocate_layer_budgets, pyramid_budgets
 from regard.ops.eviction import layer_preference
 
-Scores = Sequence[Float[Tensor, "batch kv_heads held"]]
-Counts = list[Int[Tensor, "batch kv_heads"]]
+Scores = Sequence[Float[Tensor, "batch _kv_heads _held"]]  # layers hold different numbers
+Counts = list[Int[Tensor, "batch _kv_heads"]]
 
 
 @dataclass(frozen=True)

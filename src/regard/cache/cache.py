@@ -12,9 +12,11 @@ runs regard's attention function while a cache of its lives, and is as before wh
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,9 @@ class Cache(TransformersCache):
 
     Cost: appending is amortised O(1) a token and head; an eviction is one sort of the scores and one copy of what is kept.
     """
+
+    state: tuple[str, ...] = ()
+    """Attributes of a subclass that a saved cache keeps beside its policy (plain JSON values)."""
 
     def __init__(
         self,
@@ -183,6 +188,12 @@ class Cache(TransformersCache):
                 raise InputError.of(name, given=value, expected=f"below {size}")
         return found.positions[row, head][found.rows.filled[row, head]].clone()
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the cache to a safetensors file, for `regard.cache.load(path, model)`; see `regard.cache.files`."""
+        from regard.cache.files import save
+
+        return save(self, path)
+
     # the model's side
 
     def entering(self, arguments: dict[str, Any]) -> None:
@@ -268,7 +279,7 @@ class Cache(TransformersCache):
             return
         tag.lost("keys")
         tag.open = False
-        tag.layer.settle(None, tag.tokens)
+        self._settle(tag.layer, None, tag.tokens)
 
     def watching(self, decoding: bool) -> bool:
         """Whether the scorer wants to see the call."""
@@ -293,6 +304,10 @@ class Cache(TransformersCache):
 
     def _settle(self, layer: Layer, valid: Tensor | None, tokens: int) -> None:
         layer.settle(valid, tokens)
+        self._keep_budget(layer, tokens)
+        layer.rows.rest()
+
+    def _keep_budget(self, layer: Layer, tokens: int) -> None:
         if self.budget is None or self._paused:
             return
         decoding = tokens == 1

@@ -34,6 +34,8 @@ class KVzip(Cache):
     Cost: about 1.5 prefills more at 2048 tokens, and the memory of the full cache until the replay is over.
     """
 
+    state = ("_replayed", "_paused")
+
     def __init__(
         self,
         model: nn.Module,

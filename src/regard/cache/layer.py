@@ -96,7 +96,7 @@ class Layer(CacheLayerMixin):
     @property
     def positions(self) -> Int[Tensor, "batch kv_heads held"]:
         if not self.contiguous:
-            self._complete()
+            self.complete()
             found = self.rows.column("position")
             return found if self.rows.equal else found.masked_fill(~self.rows.filled, -1)
         held = torch.arange(self.seen - self.rows.held, self.seen, dtype=torch.int32)
@@ -130,8 +130,11 @@ class Layer(CacheLayerMixin):
     # growing and shrinking
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads = key_states.shape[:2]
-        self.device, self.dtype = key_states.device, key_states.dtype
+        self.begin(*key_states.shape[:2], key_states)
+
+    def begin(self, batch: int, heads: int, like: Tensor) -> None:
+        """An empty table for so many rows and KV heads, with the device and dtype of `like`."""
+        self.device, self.dtype = like.device, like.dtype
         self.rows = self.store.rows(batch, heads, spare=not self.evicts)
         self.real = torch.zeros(batch, dtype=torch.long)
 
@@ -165,7 +168,7 @@ class Layer(CacheLayerMixin):
             nothing.expand(*shape, value_states.shape[-1]),
         )
 
-    def _complete(self) -> None:
+    def complete(self) -> None:
         """Writes positions and starting statistics of the tokens that came since the last time."""
         rows, new = self.rows, min(self._fresh, self.rows.held)
         if not new:
@@ -217,7 +220,7 @@ class Layer(CacheLayerMixin):
         """Drops all other slots, with their positions and statistics, and gives their memory back."""
         if bool((kept | ~self.rows.filled).all()):
             return
-        self._complete()
+        self.complete()
         if self.contiguous:
             self.rows.add_column("position", self.positions.contiguous())
             self.contiguous = False
@@ -318,13 +321,13 @@ class Slots(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Float[Tensor, "batch kv_heads held"]:
         if name not in self._layer.fills:
             raise KeyError(name)
-        self._layer._complete()
+        self._layer.complete()
         return self._layer.rows.column(name)
 
     def __setitem__(self, name: str, value: Float[Tensor, "batch kv_heads held"]) -> None:
         if name not in self._layer.fills:
             raise KeyError(f"{name!r} is not among the scorer's slots {sorted(self._layer.fills)}")
-        self._layer._complete()
+        self._layer.complete()
         self._layer.rows.write(name, value)
 
     def __delitem__(self, name: str) -> None:

@@ -125,14 +125,15 @@ def new_tokens(mask: Tensor | None, tokens: int) -> Bool[Tensor, "batch tokens"]
 
 def everything_visible(layer: Layer, mask: Tensor | None) -> bool:
     """Whether one new query sees all that the layer holds: plain causality, and all that is hidden was dropped."""
+    reach = layer.sliding_window
+    within = reach is None or layer.seen <= reach or layer.contiguous
     if mask is None:
-        return True
+        return within
     if not isinstance(mask, DeferredMask):
         return False
     if not mask.past:
-        reach = layer.sliding_window
         return reach is not None and layer.seen <= reach and mask.key_valid is None
-    return _same_padding(layer, mask, 1)
+    return within and _same_padding(layer, mask, 1)
 
 
 def _same_padding(layer: Layer, mask: DeferredMask, tokens: int) -> bool:
@@ -150,10 +151,16 @@ def visible(layer: Layer, call: AttentionCall, mask: Tensor | None) -> Mask:
     plain = mask is None or (
         isinstance(mask, DeferredMask) and mask.past and _same_padding(layer, mask, queries)
     )
+    filled = layer.rows.filled[:, :, None]
+    if layer.sliding_window is not None and not layer.contiguous:
+        # some models leave their window to the cache: what it had left behind when the call began is out of reach
+        plain = False
+        filled = filled & (
+            layer.positions[:, :, None] > layer.seen - queries - layer.sliding_window
+        )
     everything = queries == 1 or (mask is None and isinstance(call.mask, FullMask))
     if plain and layer.rows.equal:
         return FullMask(held) if everything else CausalMask(held, held - queries)
-    filled = layer.rows.filled[:, :, None]
     if plain and everything:
         return TensorMask(_per_head(filled, call.query), held)
     if isinstance(mask, DeferredMask):

@@ -135,7 +135,7 @@ class Rows:
                 index = (ends[:, None] + torch.arange(tokens, device=ends.device)).flatten()
             for name, values in new.items():
                 flat = self.columns[name]
-                flat.index_copy_(0, index, values.reshape(-1, *flat.shape[1:]).to(flat.dtype))
+                flat.index_copy_(0, index, values.flatten(0, 2).to(flat.dtype))
         self._place(self.starts, [size + tokens for size in self.sizes])
         self._ends = None if ends is None else ends + tokens
         self.room -= tokens
@@ -183,7 +183,7 @@ class Rows:
             self.column(name)[:, :, -newest:] = values
         else:
             index = self._ends_index()[:, None] + torch.arange(-newest, 0, device=self._device)
-            flat.index_copy_(0, index.flatten(), values.reshape(-1, *flat.shape[1:]).to(flat.dtype))
+            flat.index_copy_(0, index.flatten(), values.flatten(0, 2).to(flat.dtype))
 
     def write(self, name: str, values: Tensor) -> None:
         """Replaces a column by a rectangle `[batch, heads, held, ...]`."""
@@ -209,6 +209,9 @@ class Rows:
             starts.append(at)
             at += size
         self._place(starts, sizes)
+
+    def rest(self) -> None:
+        """A call is over: the moment to bring what is held into its lasting form."""
 
     def drop_front(self, slots: int) -> None:
         """Forgets the oldest slots of every row of an equal table; their memory goes when the buffer is made anew."""
@@ -275,7 +278,7 @@ class Rows:
         if self.equal:
             span = slice(self._first, self._first + self.held)
             rows = len(self.sizes)
-            mixed = _attend(
+            mixed = attend_row(
                 folded,
                 key.view(rows, -1, dim)[:, span],
                 value.view(rows, -1, value.shape[-1])[:, span],
@@ -284,7 +287,7 @@ class Rows:
         else:
             mixed = torch.cat(
                 [
-                    _attend(
+                    attend_row(
                         folded[row : row + 1],
                         key[start : start + size].unsqueeze(0),
                         value[start : start + size].unsqueeze(0),
@@ -296,7 +299,7 @@ class Rows:
         return mixed.view(batch, heads, 1, -1)
 
 
-def _attend(
+def attend_row(
     query: Float[Tensor, "rows group dim"],
     key: Float[Tensor, "rows held dim"],
     value: Float[Tensor, "rows held value_dim"],
