@@ -174,7 +174,7 @@ def _main(out: Path) -> None:
 
     model = regard.load("smollm2")
     texts = smollm2_texts(model.tokenizer, 60)
-    predictor = train_boundary_predictor(model, texts, epochs=4, rate=1e-3)
+    predictor = train_boundary_predictor(model, texts, epochs=2, rate=3e-3)
     save_predictor(predictor, out, model="SmolLM2-135M-Instruct")
 
 
