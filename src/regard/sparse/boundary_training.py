@@ -179,6 +179,8 @@ def _main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    import sys
+    import argparse
 
-    _main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Train SmolLM2's boundary predictor.")
+    parser.add_argument("out", type=Path, help="the safetensors file to write")
+    _main(parser.parse_args().out)
