@@ -64,7 +64,7 @@ def allocate_layer_budgets(
 
 
 def pyramid_budgets(
-    layers: int, mean: float, longest: int, beta: float = 20.0
+    layers: int, mean: float | int, longest: int, beta: float | int = 20.0
 ) -> Float[Tensor, " layers"]:
     """PyramidKV's slots beside the window, falling linearly from the first layer to the last; their mean is `mean`.
 

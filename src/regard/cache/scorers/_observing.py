@@ -59,7 +59,8 @@ class Observing(Scorer):
         query, positions = call.query, query_positions(call, layer)
         if call.valid is None:
             query, positions = query[:, :, -self.rows :], positions[:, -self.rows :]
-        if "queries" in layer.memory and query.shape[2] < self.rows:
+        short = call.valid is not None or query.shape[2] < self.rows
+        if "queries" in layer.memory and short:
             query = torch.cat([layer.memory["queries"].to(query), query], 2)
             positions = torch.cat([layer.memory["query_positions"], positions], 1)
         if query.shape[2] > self.rows:

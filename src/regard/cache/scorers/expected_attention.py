@@ -53,10 +53,13 @@ class ExpectedAttention(Scorer):
 
     def watch(self, call: AttentionCall, layer: Layer) -> None:
         memory, positions = layer.memory, query_positions(call, layer)
-        if "first" not in memory:  # the column at which each text begins, behind its padding
-            far = torch.iinfo(positions.dtype).max
-            memory["first"] = positions.masked_fill(positions < 0, far).amin(-1)
-        used = positions >= memory["first"][:, None] + self.skip
+        far = torch.iinfo(positions.dtype).max
+        first, last = positions.masked_fill(positions < 0, far).amin(-1), positions.amax(-1)
+        if "first" in memory:
+            first = torch.minimum(memory["first"], first)
+            last = torch.maximum(memory["last"], last)
+        memory["first"], memory["last"] = first, last  # columns where each text begins and ends
+        used = (positions >= 0) & (positions - self.skip >= first[:, None])
         rotary = Rotary.of(_module(call), layer.index)
         query = rotary.unturn(call.query * call.scaling, positions.clamp_min(0))
         moments = query_moments(query, used, self.covariance)
@@ -65,13 +68,12 @@ class ExpectedAttention(Scorer):
         memory["count"], memory["mean"], spread = moments
         if self.covariance:
             memory["spread"] = _triangle(spread / moments[0].clamp_min(1)[:, None, None, None])
-        future = torch.full_like(memory["first"], layer.seen)
-        memory["turn"] = rotary.average(future, self.horizon, query.shape[-1]).to(query)
+        memory["turn"] = rotary.average(last + 1, self.horizon, query.shape[-1]).to(query)
 
     def score(self, layer: Layer) -> Float[Tensor, "batch kv_heads held"]:
         keys, values, memory = layer.keys, layer.values, layer.memory
         assert keys is not None and values is not None
-        past = key_positions(layer) >= memory["first"][:, None, None] + self.skip
+        past = key_positions(layer) - self.skip >= memory["first"][:, None, None]
         turn = memory["turn"][:, None]
         mean = (turn @ memory["mean"][..., None])[..., 0]
         spread = None

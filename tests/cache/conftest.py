@@ -1,0 +1,3 @@
+from cache.reference import batch, model
+
+__all__ = ["batch", "model"]
