@@ -201,6 +201,13 @@ class Cache(TransformersCache):
         self._depth += 1
         if self._depth > 1:
             return
+        try:
+            self._enter(arguments)
+        except InputError:
+            self._depth = 0
+            raise
+
+    def _enter(self, arguments: dict[str, Any]) -> None:
         self._check_open()
         if self._broken:
             raise InputError(
@@ -210,6 +217,11 @@ class Cache(TransformersCache):
         self._tag, self._updates, self._waiting = None, 0, []
         decoder = arguments.get("decoder_attention_mask")
         encodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if encodes and self in (arguments.get("cache"), arguments.get("past_key_values")):
+            raise InputError(
+                f"{type(self.model).__name__} has an encoder, whose keys need a cache of their own: pass "
+                "transformers.EncoderDecoderCache(cache, DynamicCache())"
+            )
         mask = decoder if encodes else arguments.get("attention_mask")
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._ids = arguments.get("decoder_input_ids" if encodes else "input_ids")
