@@ -121,13 +121,13 @@ def experiment(run: Run) -> None:
     run.seed(0)
     sizes = run.pick(quick=(64,), full=(64, 128, 256, 512))
     context = run.pick(quick=150, full=1536)
-    after = run.pick(quick=17, full=257)
+    after = run.pick(quick=17, full=129)
     texts = documents(model.tokenizer, context + after, *run.pick(quick=(1, 0), full=(8, 4)))
     prompts = needle_prompts(
         model.tokenizer,
         lengths=run.pick(quick=(150,), full=(600, 1000)),
         depths=run.pick(quick=(0.5,), full=(0.25, 0.6)),
-        needles=run.pick(quick=1, full=5),
+        needles=run.pick(quick=1, full=4),
     )
     first = texts[0][: run.pick(quick=120, full=1024)]
     exact(run, model, first)
