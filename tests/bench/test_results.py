@@ -55,7 +55,7 @@ def test_pareto_leaves_out_what_another_beats_in_both():
         "same": (50, 0.1),
     }
     for method, (held, kl) in points.items():
-        rows += [row(method, "x", "bytes", held), row(method, "x", "kl", kl)]
+        rows += [row(method, "x", "bytes", float(held)), row(method, "x", "kl", kl)]
         rows += [row(method, "x", "needle", -kl)]
     results = Results(rows)
     for measure in ("kl", "needle"):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from regard.bench.results import FULL, LIBRARY, MEASURES, Results, Setting
 from regard.metrics import Estimate
 from regard.report.colour import LEVELS
-from regard.report.markup import escape, interval, quantity, table
+from regard.report.markup import Real, escape, interval, quantity, table
 from regard.report.svg import axis, chart, curves, dot, line, nice_ticks, pixels, polyline, text
 
 LEAST_KL = 1e-4  # a KL below this is drawn here: its axis is logarithmic
@@ -78,10 +78,10 @@ def pareto(results: Results, length: int, measure: str, titles: dict[str, str]) 
         high = max(high, 4 * low)
     left = min(points[s][0] for s in compressed) * 0.9
 
-    def across(kept: float) -> float:
+    def across(kept: Real) -> Real:
         return 100 * math.log(max(kept, left) / left) / math.log(1.08 / left)
 
-    def place(value: float) -> float:
+    def place(value: Real) -> Real:
         if log:
             share = (math.log(max(value, low)) - math.log(low)) / (
                 math.log(high) - math.log(low) or 1
@@ -151,7 +151,7 @@ def depth_table(
     return table(head, body, css="heat")
 
 
-def _heat(value: float | None, worst: float) -> str:
+def _heat(value: Real | None, worst: Real) -> str:
     if value is None:
         return "–"
     level = round(min(max(value / worst, 0), 1) * (LEVELS - 1)) if worst > 0 else 0

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache
 
-from regard._progress import Advance
 from regard.bench import machine, speed
 from regard.bench.exam import Exam
 from regard.bench.replay import Prefill, Watched
@@ -33,7 +32,7 @@ class Grader:
         store: Store,
         exam: Exam,
         prefill: Prefill,
-        advance: Advance,
+        advance: Callable[..., None],
     ) -> None:
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.exam, self.prefill, self.advance = exam, prefill, advance

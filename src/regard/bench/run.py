@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from regard._errors import InputError
-from regard._progress import Advance, progress
+from regard._progress import progress
 from regard.bench.documents import CONTINUATION, Document, builtin_documents, text_documents
 from regard.bench.exam import SHORTEST, make_exam
 from regard.bench.grader import Grader
@@ -159,7 +159,9 @@ class Bench:
             self.seconds += time.perf_counter() - start
         return self.results()
 
-    def _document(self, length: int, document: Document, timed: bool, advance: Advance) -> None:
+    def _document(
+        self, length: int, document: Document, timed: bool, advance: Callable[..., None]
+    ) -> None:
         place = f"{length}/{document.name}"
         if all(n in self.store for n in self.cells() if n.startswith(f"{place}/")):
             return

@@ -62,7 +62,7 @@ class Applied:
         return args, {**kwargs, name: self.plan._new(self.model), "use_cache": True}
 
 
-def apply(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Applied:
+def apply(model: nn.Module, plan: Any) -> Applied:
     """Uses a plan on a model: `with regard.apply(model, "plan.json"): model.generate(...)`.
 
     Args:
