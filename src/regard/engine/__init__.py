@@ -7,18 +7,22 @@ from regard.engine.blockwise import Workspace
 from regard.engine.call import AttentionCall, Site
 from regard.engine.masks import CausalMask, DeferredMask, FullMask, Mask, TensorMask, as_mask
 from regard.engine.method import Method, Pipeline, State, overrides
+from regard.engine.split import Both, Part, SplitMask
 
 __all__ = [
     "AttentionCall",
     "Block",
     "BlockSparseMask",
+    "Both",
     "CausalMask",
     "DeferredMask",
     "FullMask",
     "Mask",
     "Method",
+    "Part",
     "Pipeline",
     "Site",
+    "SplitMask",
     "State",
     "TensorMask",
     "Workspace",

@@ -169,8 +169,8 @@ def cheaper_dense(call: AttentionCall, plan: tiles.Plan) -> bool:
     """Whether one masked call of the dense kernel is predicted to take less time than the tiles.
 
     Both make `4 dim` operations a pair at the kernel's rate; the dense call reads a mask, the tiles copy their keys and
-    values and cost a few operator calls for each chunk and a little for each tile. The constants are seconds on one core; only their
-    ratios matter.
+    values and cost a few operator calls for each chunk and a little for each tile. The constants are seconds on one core;
+    only their ratios matter.
     """
     batch, heads, queries, dim = call.query.shape
     rate, copied, called, each, masked = 4 * dim / 6e10, 0.5e-9, 1e-4, 5e-7, 1.05

@@ -12,6 +12,7 @@ Cost: the kernel's time for the tiles' pairs and one copy of the gathered keys a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from regard.engine.tiles import Plan, Wave
 
-WAVE = 1 << 18
+WAVE = 1 << 19
 """Gathered key numbers in a wave: few enough to stay in the cache between the copy and the kernel."""
 NEAR = 1 << 20
 """Key numbers of the heads that are worked on together: few enough that the shared cache holds them with their values."""
@@ -121,8 +122,10 @@ class _Waves(torch.autograd.Function):
         total = start(query.shape[:-1], dtype=exact)
         if plan.bare:
             total.fill_(float("-inf"))
-        for chunk in chunks(plan, *query.shape[:2], *key.shape[1:]):
-            q, k, v, mask = _operands(chunk, query, key, value)
+        work = chunks(plan, *query.shape[:2], *key.shape[1:])
+        rooms = _rooms(work, key)
+        for chunk in work:
+            q, k, v, mask = _operands(chunk, query, key, value, rooms)
             out, lse = _forward(q, k, v, 0.0, chunk.wave.diagonal, attn_mask=mask, scale=scaling)
             out = _unfold(out.to(exact), chunk, query.shape[1])
             lse = _unfold(lse[..., None], chunk, query.shape[1])[..., 0]
@@ -150,8 +153,10 @@ class _Waves(torch.autograd.Function):
         plan: Plan = ctx.plan
         gradient = gradient.masked_fill((total < _lowest(query.dtype) / 2)[..., None], 0)
         grads = tuple(torch.zeros_like(t, dtype=total.dtype) for t in (query, key, value))
-        for chunk in chunks(plan, *query.shape[:2], *key.shape[1:]):
-            q, k, v, mask = _operands(chunk, query, key, value)
+        work = chunks(plan, *query.shape[:2], *key.shape[1:])
+        rooms = _rooms(work, key)
+        for chunk in work:
+            q, k, v, mask = _operands(chunk, query, key, value, rooms)
             out, grad = (_fold(_take(t, chunk), chunk) for t in (output, gradient))
             lse = _fold(_take(total, chunk)[..., None], chunk)[..., 0]
             to_q, to_k, to_v = _backward(
@@ -171,12 +176,20 @@ class _Waves(torch.autograd.Function):
         return *(g.to(query.dtype) for g in grads), None, None
 
 
+def _rooms(work: list[Chunk], key: Tensor) -> Tensor:
+    """Where chunks gather their keys and values, `[2, numbers]`: one place for all, so that it stays in the cache."""
+    gathered = [
+        len(c.blocks) * c.wave.unit * (c.units.stop - c.units.start) for c in work if c.run is None
+    ]
+    return key.new_empty(2, max(gathered, default=0) * key.shape[-1])
+
+
 def _operands(
-    chunk: Chunk, query: Tensor, key: Tensor, value: Tensor
+    chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, rooms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The kernel's query, key, value `[tiles, heads, rows, dim]` and additive mask `[tiles, 1, rows, width]`."""
     q = _fold(_take(query, chunk), chunk)
-    k, v = (_gather(t, chunk) for t in (key, value))
+    k, v = (_gather(t, chunk, room) for t, room in zip((key, value), rooms, strict=True))
     if chunk.masked and query.shape[1] > 1:
         k, v = (t.expand(-1, query.shape[1], -1, -1) for t in (k, v))
     if chunk.wave.hidden is None:
@@ -186,15 +199,18 @@ def _operands(
     return q, k, v, mask[:, None]
 
 
-def _gather(tensor: Tensor, chunk: Chunk) -> Tensor:
-    """The keys (or values) of a chunk's tiles, `[tiles, units, width, dim]`."""
+def _gather(tensor: Tensor, chunk: Chunk, room: Tensor) -> Tensor:
+    """The keys (or values) of a chunk's tiles, `[tiles, units, width, dim]`: a view, or copied to `room`."""
     here, count, dim = tensor[chunk.units], chunk.count, tensor.shape[-1]
     if chunk.run is not None:
         start, step = chunk.run
         shape = (count, len(here), chunk.wave.width, dim)
         strides = (step * dim, here.stride(0), dim, 1)
         return here.as_strided(shape, strides, here.storage_offset() + start * dim)
-    picked = _blocks(here, chunk.wave.unit).index_select(1, chunk.blocks)
+    blocks = _blocks(here, chunk.wave.unit)
+    shape = (len(here), len(chunk.blocks), blocks.shape[2])
+    picked = room[: math.prod(shape)].view(shape)
+    torch.index_select(blocks, 1, chunk.blocks, out=picked)
     return picked.view(len(here), count, chunk.wave.width, dim).transpose(0, 1)
 
 
