@@ -293,10 +293,10 @@ def pretrained(run: Run) -> None:
     count = run.pick(quick=1, full=2)
     ids = torch.tensor(model.tokenizer(prose(8 * tokens * count))["input_ids"])
     windows = ids[: tokens * count].view(count, tokens)
-    losses = run.partial(
-        "losses",
-        lambda: {n: loss(model, windows, p) for n, p in run.progress([*kinds.items()], "text")},
-    )
+    losses = {
+        name: run.partial(f"loss/{name}", lambda p=chosen: loss(model, windows, p))
+        for name, chosen in run.progress(kinds.items(), "text", total=len(kinds))
+    }
     own = {name: round(value - losses["dense"], 3) for name, value in losses.items()}
     where = f"SmolLM2-135M-Instruct (4-bit weights), blocks of {block}, 7 of {tokens // block} blocks for the last query"
     run.record(
@@ -313,10 +313,10 @@ def pretrained(run: Run) -> None:
         depths=run.pick(quick=[0.3], full=[0.2, 0.5]),
         needles=run.pick(quick=1, full=3),
     )
-    needles = run.partial(
-        "needles",
-        lambda: {n: answers(model, prompts, kinds[n]) for n in run.progress(asked, "needles")},
-    )
+    needles = {
+        name: run.partial(f"needles/{name}", lambda p=kinds[name]: answers(model, prompts, p))
+        for name in run.progress(asked, "needles")
+    }
     lost = needles["dense"] - needles["power"]
     run.record(
         "hybrid",
