@@ -54,7 +54,7 @@ class Calibration:
             table.dim() == 3
             and len(table) == len(grid) > 0
             and bool((grid.diff() > 0).all())
-            and 0 < grid[0] < grid[-1] < 1
+            and 0 < grid[0] <= grid[-1] < 1
             and bool(((table >= 0) & (table <= 1)).all())
             and torch.allclose(table.mean((1, 2)), grid, atol=0.02)
         )
