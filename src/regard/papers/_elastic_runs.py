@@ -20,7 +20,7 @@ from regard.cache.diffusion import (
 )
 from regard.instruments.kv_drift import COLUMNS, KVDrift
 from regard.models.language import MaskedDiffusionLM
-from regard.models.language.char_tasks import answer, decode, text_samples
+from regard.models.language.char_tasks import decode, right_parts, text_samples
 from regard.models.language.masked_diffusion import answers
 
 GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -76,7 +76,7 @@ def speed(model: MaskedDiffusionLM, prompts: list[str], repeats: int) -> list[fl
 def compare(
     run: dict[str, Any], reference: dict[str, Any], prompts: list[str]
 ) -> dict[str, np.ndarray]:
-    """Per prompt: exact answer, agreement with the reference's characters, work and steps relative to the reference."""
+    """Per prompt: right parts of the answer, agreement with the reference's characters, work and steps relative to the reference."""
     agreement = [
         float(
             np.mean(
@@ -88,10 +88,10 @@ def compare(
         )
         for text, wanted in zip(run["texts"], reference["texts"], strict=True)
     ]
-    right = [text == answer(p) for text, p in zip(run["texts"], prompts, strict=True)]
+    right = [right_parts(text, p) for text, p in zip(run["texts"], prompts, strict=True)]
     return {
         "agreement": np.array(agreement),
-        "exact": np.array(right, dtype=float),
+        "right": np.array(right),
         "projected": np.array(run["projected"], dtype=float),
         "reference": np.array(reference["projected"], dtype=float),
         "steps": np.array(run["steps"], dtype=float),

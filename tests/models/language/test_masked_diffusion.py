@@ -119,13 +119,11 @@ def test_shipped_weights_are_small_and_answer():
     assert file.stat().st_size < 4 * 2**20
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
     model = MaskedDiffusionLM.from_pretrained()
-    prompts = char_tasks.task_prompts(8, seed=99)
+    prompts = char_tasks.task_prompts(16, seed=99)
     generation = model.generate(prompts)
     given = answers(generation, prompts)
-    assert all(
-        sorted(text.split("|")[1]) == sorted(prompt)
-        for text, prompt in zip(given, prompts, strict=True)
-    )
+    backwards = [text.split("|")[0] == p[::-1] for text, p in zip(given, prompts, strict=True)]
+    assert sum(backwards) >= 8
     scores = model.evaluate(prompts)
-    right = sum(a == char_tasks.answer(p) for a, p in zip(given, prompts, strict=True))
-    assert scores["exact"] == right / 8 and scores["rows"] == 1
+    parts = [char_tasks.right_parts(a, p) for a, p in zip(given, prompts, strict=True)]
+    assert scores["parts"] == sum(parts) / 16 and scores["rows"] == 1

@@ -79,6 +79,16 @@ def answer(prompt: str) -> str:
     return f"{prompt[::-1]}|{''.join(sorted(prompt))}|{''.join(sums)}"
 
 
+def right_parts(given: str, prompt: str) -> float:
+    """Share of an answer's three parts that are right: backwards, in order, sums.
+
+    >>> right_parts("9a3k|39ka|0332", "k3a9")
+    0.6666666666666666
+    """
+    wanted = answer(prompt).split("|")
+    return sum(a == b for a, b in zip(given.split("|"), wanted, strict=False)) / len(wanted)
+
+
 def task_prompts(
     count: int, seed: int, *, shortest: int = SHORTEST, longest: int = LONGEST
 ) -> list[str]:

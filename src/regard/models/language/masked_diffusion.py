@@ -33,6 +33,7 @@ from regard.models.language.char_tasks import (
     decode,
     encode,
     mixed_samples,
+    right_parts,
 )
 
 SHIPPED = Path(__file__).parent / "data"
@@ -152,18 +153,20 @@ class MaskedDiffusionLM(nn.Module):
         """Exact answers to task prompts and what they cost.
 
         Returns:
-            `exact` (share of answers that are right), `characters` (share of right characters), `steps` (mean),
+            `exact` (share of answers that are right), `parts` (share of their three parts), `characters` (share of right characters), `steps` (mean),
             `rows` (share of rows projected, 1 without a cache).
         """
         generation = self.generate(prompts, cache, threshold=threshold)
-        right, same, total = 0, 0, 0
+        right, parts, same, total = 0, 0.0, 0, 0
         for prompt, given in zip(prompts, answers(generation, prompts), strict=True):
             wanted = answer(prompt)
             right += given == wanted
+            parts += right_parts(given, prompt)
             same += sum(a == b for a, b in zip(given, wanted, strict=False))
             total += max(len(given), len(wanted))
         return {
             "exact": right / len(prompts),
+            "parts": parts / len(prompts),
             "characters": same / total,
             "steps": float(generation.steps.float().mean()),
             "rows": generation.rows_fraction,
