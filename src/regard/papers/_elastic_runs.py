@@ -76,7 +76,7 @@ def speed(model: MaskedDiffusionLM, prompts: list[str], repeats: int) -> list[fl
 def compare(
     run: dict[str, Any], reference: dict[str, Any], prompts: list[str]
 ) -> dict[str, np.ndarray]:
-    """Per prompt: right parts of the answer, agreement with the reference's characters, work and steps relative to the reference."""
+    """Per prompt: right parts of the answer, agreement with the reference's characters, rows of both, steps."""
     agreement = [
         float(
             np.mean(

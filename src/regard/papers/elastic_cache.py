@@ -268,7 +268,7 @@ def _record_default(
         interval=_interval([100 * change[d].mean() for d in draws]) if able else None,
         setting=setting,
         note=("" if able else "the model solves too few prompts to tell; ")
-        + "interval: paired bootstrap over prompts, 95 %; an answer has three parts (backwards, in order, sums); right without a cache: "
+        + "interval: paired bootstrap over prompts, 95 %; right parts of the three of an answer, without a cache: "
         + ", ".join(f"{100 * v.mean():.0f} % ({n[5:]})" for n, v in right_without.items()),
     )
     steps, plain = table["steps"], np.array(without["steps"], dtype=float)

@@ -153,8 +153,8 @@ class MaskedDiffusionLM(nn.Module):
         """Exact answers to task prompts and what they cost.
 
         Returns:
-            `exact` (share of answers that are right), `parts` (share of their three parts), `characters` (share of right characters), `steps` (mean),
-            `rows` (share of rows projected, 1 without a cache).
+            `exact` (share of answers that are right), `parts` (share of their three parts), `characters` (share of right
+            characters), `steps` (mean), `rows` (share of rows projected, 1 without a cache).
         """
         generation = self.generate(prompts, cache, threshold=threshold)
         right, parts, same, total = 0, 0.0, 0, 0
