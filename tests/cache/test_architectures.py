@@ -35,7 +35,7 @@ REFUSED = {
     **dict.fromkeys(
         ("big_bird", "bloom", "cpmant", "falcon", "gpt_neo", "mpt", "mvp"), NO_INTERFACE
     ),
-    **dict.fromkeys(("gpt_neox_japanese", "gptj", "megatron-bert", "prophetnet"), NO_INTERFACE),
+    **dict.fromkeys(("gpt_neox_japanese", "megatron-bert", "prophetnet"), NO_INTERFACE),
     **dict.fromkeys(("rembert", "roformer", "trocr", "xglm"), NO_INTERFACE),
 }
 """Families that no cache of regard's works with, and what the error says."""
@@ -151,7 +151,7 @@ def evicting(family: architectures.Family, model: Any, given: dict[str, Any]) ->
 
         def leaving(failed: bool) -> None:
             settle(failed)
-            if not kept:
+            if not kept and cache._depth == 0:
                 used = [layer for layer in cache.held if layer.rows is not None]
                 wide = [layer for layer in used if not layer.is_sliding] or used
                 kept.extend(cache.kept(wide[0].index, 0).tolist() if wide else range(10**3))

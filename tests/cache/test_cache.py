@@ -296,8 +296,13 @@ def test_another_model_or_batch() -> None:
         model(ids(5), cache=cache)
         with pytest.raises(InputError, match="one cache for one batch"):
             model(ids(5, batch=2), cache=cache)
+        cache.reset()
+        assert torch.equal(model(ids(5), cache=cache).logits, model(ids(5)).logits)
     with pytest.raises(InputError, match="is closed"):
         model(ids(5), cache=cache)
+    open_again = Full(model)
+    assert torch.equal(model(ids(5), cache=open_again).logits, model(ids(5)).logits)
+    open_again.close()
     with pytest.raises(InputError, match="layer must be"):
         cache.kept(7, 0)
     with pytest.raises(InputError, match="head must be"):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from cache.held import Comb, Received, Recorder, Slanted, padded, positions_of, small_llama
 from torch import Tensor
 
+from cache.held import Comb, Received, Recorder, Slanted, padded, positions_of, small_llama
 from regard.cache import Cache, Ragged, budgets, scorers
 from regard.cache.quantised import Quantised
 

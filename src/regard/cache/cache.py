@@ -201,11 +201,8 @@ class Cache(TransformersCache):
         self._depth += 1
         if self._depth > 1:
             return
-        try:
-            self._enter(arguments)
-        except InputError:
-            self._depth = 0
-            raise
+        self._updates = 0
+        self._enter(arguments)
 
     def _enter(self, arguments: dict[str, Any]) -> None:
         self._check_open()
@@ -214,7 +211,7 @@ class Cache(TransformersCache):
                 "an earlier call of the model failed half-way, so layers have seen different numbers of tokens; "
                 "call cache.reset() and start again"
             )
-        self._tag, self._updates, self._waiting = None, 0, []
+        self._tag, self._waiting = None, []
         decoder = arguments.get("decoder_attention_mask")
         encodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         if encodes and self in (arguments.get("cache"), arguments.get("past_key_values")):
@@ -380,13 +377,13 @@ class Cache(TransformersCache):
             scores.append(_shielded(given, layer, first, newest))
             wanted = (first + newest).to(layer.lengths)[:, None]
             protected.append(torch.minimum(wanted.expand_as(layer.lengths), layer.lengths))
-            shields.append((first[:, None].clamp(min=1), newest[:, None]))
+            shields.append((first[:, None], newest[:, None]))
         room = Room(tokens, layers, len(self.held), protected, decoding)
         counts = self.budget.counts(scores, room)
         for layer, score, count, (first, newest) in zip(
             layers, scores, counts, shields, strict=True
         ):
-            count = torch.minimum(torch.maximum(count.cpu(), first), layer.lengths)
+            count = torch.minimum(torch.maximum(count.cpu(), first.clamp(min=1)), layer.lengths)
             recent = torch.maximum((count * self.scorer.recent).long(), newest)
             layer.keep(best(_graded(score, layer, first, recent), count.to(score.device)))
 

@@ -110,7 +110,7 @@ def load(
     cache = _make(policy, model, scorer, budget, store)
     try:
         for layer, about in zip(cache.layers, described, strict=True):
-            if about is not None:
+            if isinstance(layer, Layer):
                 _restore(layer, about, tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         cache.close()
@@ -186,7 +186,8 @@ def _restore(layer: Layer, about: dict[str, Any], tensors: dict[str, Tensor]) ->
             raise ValueError(
                 f"layer {layer.index} has {len(column)} numbers of {name}, not {slots}"
             )
-    layer.begin(*about["rows"], columns["key"])
+    batch, heads = about["rows"]
+    layer.begin(batch, heads, columns["key"])
     layer.rows.unpack(about["sizes"], **columns)
     layer.real = torch.tensor(about["real"])
     layer.contiguous = about["contiguous"]

@@ -130,7 +130,7 @@ class Layer(CacheLayerMixin):
     # growing and shrinking
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.begin(*key_states.shape[:2], key_states)
+        self.begin(key_states.shape[0], key_states.shape[1], key_states)
 
     def begin(self, batch: int, heads: int, like: Tensor) -> None:
         """An empty table for so many rows and KV heads, with the device and dtype of `like`."""
@@ -267,11 +267,8 @@ class Layer(CacheLayerMixin):
                 f"crop can take back {self.seen} tokens at most, the tokens seen, got {count}"
             )
         if count > 0:
-            if (
-                self.is_sliding
-                and not self.evicts
-                and self.rows.held < min(self.seen, self.sliding_window - 1 + count)
-            ):
+            reach = self.seen if self.sliding_window is None else self.sliding_window - 1 + count
+            if not self.evicts and self.contiguous and self.rows.held < min(self.seen, reach):
                 raise InputError(
                     f"layer {self.index} has a sliding window and has already forgotten what comes back into it; "
                     "call cache.activate_past_recording() before the tokens that may be taken back"
@@ -283,8 +280,9 @@ class Layer(CacheLayerMixin):
                 self.keep(self.positions < self.seen - count)
             self.real = (self.real - count).clamp(min=0)
             self.seen -= count
-        if self.sliding_window is not None and self.record_past:
-            self._slide(self.sliding_window - 1)
+        window = self.sliding_window
+        if window is not None and self.record_past:
+            self._slide(window - 1)
 
     def reset(self) -> None:
         self._forget()
