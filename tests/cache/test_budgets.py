@@ -84,7 +84,10 @@ def test_a_cascade_keeps_what_one_selection_keeps(model, batch):
     ids, mask = batch
     for size in (8, 13, 20):
         rule = CakePreference(size)
-        with Cache(model, CAKE(window=4), rule) as cascade, Cache(model, CAKE(window=4), rule) as once:
+        with (
+            Cache(model, CAKE(window=4), rule) as cascade,
+            Cache(model, CAKE(window=4), rule) as once,
+        ):
             cascade.prefill(ids, mask)
             with once.paused():
                 once.prefill(ids, mask)
@@ -160,7 +163,9 @@ def test_best_anywhere_is_the_top_of_all(total, least, seed):
     if not least:
         flat = torch.cat([score.flatten() for score in scores])
         bar = flat.sort(descending=True).values[: int(found.sum())]
-        expected = [[int((head >= bar[-1]).sum()) if len(bar) else 0 for head in s[0]] for s in scores]
+        expected = [
+            [int((head >= bar[-1]).sum()) if len(bar) else 0 for head in s[0]] for s in scores
+        ]
         assert found[:, 0].tolist() == expected
 
 

@@ -169,20 +169,20 @@ def test_cake_scores_by_the_current_query_while_decoding(model):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_sampled_h2o_ranks_like_the_exact_one(smollm2):
+@pytest.mark.model
+def test_half_the_rows_rank_like_all(smollm2):
     from scipy.stats import spearmanr
 
     from regard.texts import default_text
 
     ids = smollm2.tokenizer(default_text(smollm2.tokenizer, 600), return_tensors="pt").input_ids
     ranks = []
-    for sample in (1, 8):
+    for sample in (1, 2):
         scorer = H2O(sample=sample)
         with Cache(smollm2, scorer, Uniform(1.0)) as cache, cache.paused():
             cache.prefill(ids)
-            ranks.append(torch.stack([scorer.score(layer)[0] for layer in cache.held]).flatten(0, 1))
-    found = [spearmanr(a, b).statistic for a, b in zip(*ranks, strict=True)]
-    assert sum(found) / len(found) > 0.95
+            ranks.append(torch.stack([scorer.score(layer)[0] for layer in cache.held]).flatten())
+    assert spearmanr(*ranks).statistic > 0.95
 
 
 def test_retrieval_heads_rank_heads_before_tokens(model, batch):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.ops import attention_statistics as statistics
 from regard.ops import attention_rows, received_attention, sampled_rows, strongest_attention
+from regard.ops import attention_statistics as statistics
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM = 2, 6, 2, 30, 50, 8
 
@@ -88,7 +88,9 @@ def test_row_weights_are_how_often_a_row_counts(case):
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "every", "last"), [(1, 8, 64), (64, 8, 64), (300, 8, 64), (300, 7, 0)])
+@pytest.mark.parametrize(
+    ("rows", "every", "last"), [(1, 8, 64), (64, 8, 64), (300, 8, 64), (300, 7, 0)]
+)
 def test_sampled_rows_stand_for_all_rows(rows, every, last):
     index, weights = sampled_rows(rows, every, last)
     assert weights.sum() == rows

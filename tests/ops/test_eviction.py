@@ -48,7 +48,9 @@ def test_score_by_the_definition(gamma, kernel):
                 for j in range(keys)
             ]
             for j in range(keys):
-                near = [values[i] for i in range(j - kernel // 2, j + kernel // 2 + 1) if 0 <= i < keys]
+                near = [
+                    values[i] for i in range(j - kernel // 2, j + kernel // 2 + 1) if 0 <= i < keys
+                ]
                 expected[b, h // 2, j] += sum(near) / kernel / 2
     found = eviction_score(weights, 2, gamma=gamma, kernel=kernel)
     torch.testing.assert_close(found, expected)

@@ -36,9 +36,7 @@ def test_by_the_definition_with_groups_and_empty_slots():
         for g in range(kv_heads):
             expected = torch.zeros(keys, dtype=torch.float64)
             for h in (2 * g, 2 * g + 1):
-                exponents = [
-                    0.5 * mean[b, h] @ k + 0.125 * k @ spread[b, h] @ k for k in key[b, g]
-                ]
+                exponents = [0.5 * mean[b, h] @ k + 0.125 * k @ spread[b, h] @ k for k in key[b, g]]
                 terms = torch.stack(exponents).exp() * held[b, g]
                 expected += terms / terms.sum() / 2
             torch.testing.assert_close(found[b, g], expected)
@@ -61,4 +59,6 @@ def test_moments_of_chunks_are_those_of_all_queries():
         torch.testing.assert_close(mean[b].double(), own.mean(1), atol=1e-5, rtol=1e-5)
         for h in range(3):
             spread = torch.cov(own[h].T, correction=0)
-            torch.testing.assert_close((apart / count[:, None, None, None])[b, h].double(), spread, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                (apart / count[:, None, None, None])[b, h].double(), spread, atol=1e-4, rtol=1e-4
+            )

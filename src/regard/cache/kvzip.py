@@ -61,6 +61,8 @@ class KVzip(Cache):
         if failed or self._depth or self._replayed or self.get_seq_length() < 2:
             return
         self._replayed = True
+        if bool((self.allowed(self.held[-1]) >= self.held[-1].real).all()):
+            return  # all of it fits
         if self.tokens is None or len(self.tokens) != 1:
             raise InputError(
                 "KVzip repeats one text, given as input_ids; got "
