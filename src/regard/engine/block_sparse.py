@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from regard.engine import dense, tiles, waves
+from regard.engine import dense, flex, tiles, waves
 from regard.engine.call import AttentionCall
 from regard.engine.masks import CausalMask, FullMask, TensorMask, Window
 
@@ -160,6 +160,8 @@ def attend(call: AttentionCall) -> Tensor:
     if plan.complete and mask.offset + call.queries <= call.keys:
         everything = CausalMask(call.keys, mask.offset) if mask.causal else FullMask(call.keys)
         return dense.attend(replace(call, mask=everything))
+    if call.query.device.type == "cuda" and flex.can_attend(mask):
+        return flex.attend(call, mask)
     if not waves.can_attend(call.query, call.key, call.value) or cheaper_dense(call, plan):
         return dense.attend(replace(call, mask=TensorMask(_additive(mask, call), call.keys)))
     return waves.attend(call.query, call.key, call.value, plan, call.scaling)
