@@ -80,7 +80,7 @@ def received_attention(
         row_weights: how many rows each row stands for, None for 1 each (`sampled_rows` gives them). The other arguments are
             those of `attention_rows`.
 
-    Cost: see the module; at 2048 tokens of SmolLM2 about a fifth of its prefill when all rows are read.
+    Cost: see the module; at 2048 tokens of SmolLM2 a quarter of its prefill when all rows are read.
     """
     out = key.new_zeros(key.shape[:3], dtype=_working(key[:0]).dtype)
     for rows, keys, weights in _blocks(

@@ -6,7 +6,7 @@ The window itself is kept. Pooling keeps whole phrases rather than single tokens
 
 Source: Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. The paper stops at the
 prompt; where the cache evicts while decoding, the window goes on with the newest tokens.
-Cost: W query rows against the keys, under 1 % of a prefill of 2048 tokens.
+Cost: W query rows against the keys, 2 % of a prefill of 2048 tokens of SmolLM2.
 """
 
 from __future__ import annotations
