@@ -357,9 +357,10 @@ class Cache(TransformersCache):
     def allowed(self, layer: Layer) -> Int[Tensor, "batch"]:
         """Slots per KV head that the budget's size allows on average, for each row."""
         assert self.budget is not None
-        whole = sum(one.rows.heads * one.slot_bytes for one in self.held if one.rows is not None)
-        known = sum(one.rows is not None for one in self.held)
-        return tokens_of(self.budget.size, layer.real, whole * len(self.held) // max(known, 1))
+        used = [one for one in self.held if one.rows is not None]
+        whole = sum(one.rows.heads * one.slot_bytes for one in used)
+        # layers that have not run yet are taken to be like those that have
+        return tokens_of(self.budget.size, layer.real, whole * len(self.held) // len(used))
 
     @torch.no_grad()
     def _evict(self, layers: Sequence[Layer], decoding: bool) -> None:

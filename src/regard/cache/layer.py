@@ -124,8 +124,7 @@ class Layer(CacheLayerMixin):
     @property
     def slot_bytes(self) -> int:
         """Bytes of one held slot of one KV head."""
-        pair = self.keys[..., 0, :].nbytes + self.values[..., 0, :].nbytes  # type: ignore[index,union-attr]
-        return pair // len(self.rows.sizes) + 4 + 4 * len(self.fills)
+        return self.rows.pair_bytes + 4 + 4 * len(self.fills)
 
     # growing and shrinking
 

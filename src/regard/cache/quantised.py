@@ -16,6 +16,7 @@ Cost: about `bits / 32` of the bytes of float32; each step dequantises what it r
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -215,6 +216,14 @@ class QuantisedRows(Rows):
         twin.segments = copy.deepcopy(self.segments)
         twin.recent = self.recent.copy()
         return twin
+
+    @property
+    def pair_bytes(self) -> int:
+        numbers = sum(self.recent.columns[name].shape[1] for name in PAIR)
+        if self.store.backend == "fp8":
+            return numbers
+        # scale and zero of each group beside the bits
+        return math.ceil(numbers * (self.store.bits / 8 + 8 / self.store.group))
 
     @property
     def nbytes(self) -> int:

@@ -82,6 +82,12 @@ class Rows:
         """Bytes of all buffers, free slots included."""
         return sum(column.nbytes for column in self.columns.values())
 
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one key and its value."""
+        pair = (self.columns["key"], self.columns["value"])
+        return sum(column.shape[1] * column.element_size() for column in pair)
+
     def column(self, name: str) -> Tensor:
         """`[batch, heads, held, ...]`: a view when all rows are equally long, else a copy with zeros as padding."""
         flat = self.columns[name]
