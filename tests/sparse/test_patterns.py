@@ -215,6 +215,20 @@ def test_only_some_layers_and_heads_follow() -> None:
     torch.testing.assert_close(run(some)[:, 3:], dense[:, 3:], atol=1e-12, rtol=0)
 
 
+def test_short_calls_may_stay_dense() -> None:
+    q, k, v = draw(2, 2, 40, 40)
+    dense = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
+
+    def run(least: int) -> Tensor:
+        pattern = Sliding(window=1, sinks=0, block=4, dense_below=least)
+        return attend(AttentionCall(q, k, v, CausalMask(40), 0.4), Pipeline([pattern]))
+
+    torch.testing.assert_close(run(41), dense, atol=1e-12, rtol=0)
+    assert (run(40) - dense).abs().max() > 0.1
+    with pytest.raises(InputError, match="dense_below must be a number of keys, got -1"):
+        Sliding(dense_below=-1)
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(InputError, match="block must be a number of tokens, 1 or more, got 0"):
         Power(block=0)
