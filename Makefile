@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+OLDER ?= 5.23.0
 MODEL ?= smollm2
 OUT ?= report.html
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help report test check docs serve bench format clean
+.PHONY: help report test older check docs serve bench format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +24,9 @@ report: $(VENV)/.regard ## set up, then write report.html for the embedded model
 
 test: check ## set up, then run every check and the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
+
+older: $(VENV)/.older-$(OLDER) ## run what depends on transformers under an older version (OLDER=...)
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/older-$(OLDER) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/attach tests/cache
 
 check: $(VENV)/.dev ## lint, formatting, types, floors
 	$(BIN)/ruff check .
@@ -68,6 +72,10 @@ $(VENV)/.regard: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --editable ".[dev]"
 	@touch $@ $(VENV)/.regard
+
+$(VENV)/.older-$(OLDER): $(VENV)/.dev
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/older-$(OLDER) "transformers==$(OLDER)"
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --editable ".[docs]"
