@@ -27,7 +27,8 @@ class Wave:
         rows: the first query row of each tile.
         slots: `[tiles, width / unit]`: the first key slots of the runs that each tile sees.
         unit: keys in a run.
-        hidden: `[tiles, height, width]`, True where a key is masked; None where all are seen.
+        hidden: `[tiles, height, width]`, True where a key is masked, `[1, height, width]` where that is the same for all
+            tiles; None where all are seen.
         diagonal: plain causality inside (then `height == width` and there is no `hidden`).
         fresh: the first tiles of their rows, which have nothing to merge with.
     """
@@ -68,7 +69,7 @@ def plan(mask: BlockSparseMask, queries: int) -> Plan:
     visible, bare = 0, False
     for block in range(len(mask.blocks)):
         rows = mask.rows(block, queries)
-        tiles, seen = _tiles(mask, block, rows.start, rows.stop - rows.start)
+        tiles, seen = _tiles(mask, block, rows.stop - rows.start)
         visible += seen
         bare |= not tiles
         for i, (slots, unit, hidden, diagonal) in enumerate(tiles):
@@ -83,7 +84,7 @@ def plan(mask: BlockSparseMask, queries: int) -> Plan:
                 height=height,
                 slots=torch.stack([slots for _, slots, _ in tiles]),
                 unit=unit,
-                hidden=None if unmasked else torch.stack([h for *_, h in tiles if h is not None]),
+                hidden=None if unmasked else _stacked([h for *_, h in tiles if h is not None]),
                 diagonal=not inside,
                 fresh=not more,
             )
@@ -93,11 +94,17 @@ def plan(mask: BlockSparseMask, queries: int) -> Plan:
     return Plan(tuple(waves), mask, queries, visible == every, bare)
 
 
+def _stacked(hidden: list[Tensor]) -> Tensor:
+    """One mask where all tiles have the same."""
+    alike = all(torch.equal(hidden[0], other) for other in hidden[1:])
+    return hidden[0][None] if alike else torch.stack(hidden)
+
+
 Tile = tuple[Tensor, int, Tensor | None, bool]
 """First slots of the key runs, their length, hidden pairs `[height, keys]` or None, plain causality inside."""
 
 
-def _tiles(mask: BlockSparseMask, block: int, row: int, height: int) -> tuple[list[Tile], int]:
+def _tiles(mask: BlockSparseMask, block: int, height: int) -> tuple[list[Tile], int]:
     """The masked tile of a query block and the unmasked one, where there are such keys; and how many pairs are visible."""
     named, unit, first = mask.blocks[block], mask.key_size, mask.first_slot(block)
     whole = height == mask.size and (len(named) == 0 or (int(named[-1]) + 1) * unit <= mask.keys)

@@ -194,9 +194,9 @@ def _operands(
         k, v = (t.expand(-1, query.shape[1], -1, -1) for t in (k, v))
     if chunk.wave.hidden is None:
         return q, k, v, None
-    hidden = chunk.wave.hidden[chunk.tiles]
+    hidden = chunk.wave.hidden if len(chunk.wave.hidden) == 1 else chunk.wave.hidden[chunk.tiles]
     mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, _lowest(query.dtype))
-    return q, k, v, mask[:, None]
+    return q, k, v, mask[:, None].expand(chunk.count, -1, -1, -1)
 
 
 def _gather(tensor: Tensor, chunk: Chunk, room: Tensor) -> Tensor:
