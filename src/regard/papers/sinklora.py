@@ -48,7 +48,7 @@ PAPER = Paper(
         ),
         Claim(
             "gain",
-            "A longer context needs training, and full attention trains it best: perplexity",
+            "A longer context needs training, and full attention with adapters, embeddings and norms trains it best: perplexity",
             setting="Llama-2-7B to 8k-64k, PG19 and proof-pile",
         ),
         Claim(
