@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache as TransformersCache
 
 from regard._errors import InputError
 from regard.attach.hold import hold
-from regard.cache.budget import Budget, Room, tokens_of
+from regard.cache.budget import Budget
+from regard.cache.eviction import evict
 from regard.cache.layer import Layer
 from regard.cache.models import cache_argument, make_layers, takes
 from regard.cache.scorer import Scorer
@@ -354,47 +355,10 @@ class Cache(TransformersCache):
         else:
             self._evict(self.held, False)
 
-    def allowed(self, layer: Layer) -> Int[Tensor, "batch"]:
-        """Slots per KV head that the budget's size allows on average, for each row."""
-        assert self.budget is not None
-        used = [one for one in self.held if one.rows is not None]
-        whole = sum(one.rows.heads * one.slot_bytes for one in used)
-        # layers that have not run yet are taken to be like those that have
-        return tokens_of(self.budget.size, layer.real, whole * len(self.held) // len(used))
-
     @torch.no_grad()
     def _evict(self, layers: Sequence[Layer], decoding: bool) -> None:
-        layers = [layer for layer in layers if layer.rows is not None and layer.rows.held]
-        if not layers:
-            return
         assert self.scorer is not None and self.budget is not None
-        tokens = self.allowed(layers[-1])
-        if bool((tokens >= layers[-1].real).all()):
-            return
-        scores, protected, shields = [], [], []
-        for layer in layers:
-            first, newest = self._protected(layer, tokens)
-            given = self.scorer.score(layer)
-            scores.append(_shielded(given, layer, first, newest))
-            wanted = (first + newest).to(layer.lengths)[:, None]
-            protected.append(torch.minimum(wanted.expand_as(layer.lengths), layer.lengths))
-            shields.append((first[:, None], newest[:, None]))
-        room = Room(tokens, layers, len(self.held), protected, decoding)
-        counts = self.budget.counts(scores, room)
-        for layer, score, count, (first, newest) in zip(
-            layers, scores, counts, shields, strict=True
-        ):
-            count = torch.minimum(torch.maximum(count.cpu(), first.clamp(min=1)), layer.lengths)
-            recent = torch.maximum((count * self.scorer.recent).long(), newest)
-            layer.keep(best(_graded(score, layer, first, recent), count.to(score.device)))
-
-    def _protected(
-        self, layer: Layer, tokens: Int[Tensor, "batch"]
-    ) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
-        """Sinks and window of each row, cut down where the budget has no room for them (half of it for sinks at most)."""
-        assert self.scorer is not None
-        first = torch.clamp(tokens // 2, max=self.sinks)
-        return first, torch.clamp(tokens - first, max=self.scorer.window)
+        evict(layers, self.scorer, self.budget, self.sinks, self.held, decoding)
 
     # prefill
 
@@ -489,59 +453,6 @@ def as_rule(budget: Budget | float | int | str | None) -> Budget | None:
     from regard.cache.budgets import Uniform
 
     return Uniform(budget)
-
-
-def _shielded(
-    scores: Float[Tensor, "batch kv_heads held"],
-    layer: Layer,
-    first: Int[Tensor, "batch"],
-    newest: Int[Tensor, "batch"],
-) -> Float[Tensor, "batch kv_heads held"]:
-    """+inf at the first and the newest slots of every row, -inf where nothing is held."""
-    held = layer.rows.held
-    if scores.shape != (layer.rows.batch, layer.rows.heads, held):
-        raise InputError(
-            f"a scorer must give one number for each held slot, {(layer.rows.batch, layer.rows.heads, held)}, "
-            f"got {tuple(scores.shape)}"
-        )
-    slots = torch.arange(held)
-    start = held - layer.lengths[..., None]
-    shield = (slots < start + first[:, None, None]) | (slots >= held - newest[:, None, None])
-    scores = scores.float().masked_fill(shield.to(scores.device), float("inf"))
-    return scores.masked_fill(~layer.rows.filled, float("-inf"))
-
-
-def _graded(
-    scores: Float[Tensor, "batch kv_heads held"],
-    layer: Layer,
-    first: Int[Tensor, "batch 1"],
-    recent: Int[Tensor, "batch kv_heads"],
-) -> Float[Tensor, "batch kv_heads held"]:
-    """Scores with the first slots above all, then the newest, newer above older: a head that may keep fewer than these two keeps
-    its sinks, then its newest."""
-    held = layer.rows.held
-    slots = torch.arange(held)
-    sinks = slots < held - layer.lengths[..., None] + first[..., None]
-    newest = (slots >= held - recent[..., None]).to(scores.device) & layer.rows.filled
-    graded = scores.double().clamp(max=1e300)
-    graded = torch.where(newest, 1e301 * (1 + slots.to(graded)), graded)
-    graded = graded.masked_fill(sinks.to(scores.device), float("inf"))
-    return graded.masked_fill(~layer.rows.filled, float("-inf"))
-
-
-def best(
-    scores: Float[Tensor, "batch kv_heads held"], counts: Int[Tensor, "batch kv_heads"]
-) -> Bool[Tensor, "batch kv_heads held"]:
-    """The `counts` highest slots of every head; of equal scores the earlier slot.
-
-    >>> best(torch.tensor([[[0.1, 0.3, 0.2]]]), torch.tensor([[2]]))
-    tensor([[[False,  True,  True]]])
-    """
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    ranks = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    )
-    return ranks < counts[..., None]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
