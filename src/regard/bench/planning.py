@@ -1,4 +1,4 @@
-"""From results to a plan: the setting that holds least memory while its KL stays below a bound."""
+"""From results to a plan: least memory while the KL stays below a bound, then least loss on needles."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from regard.plan.methods import Size
 
 
 def best_setting(results: Results, max_kl: float, length: int | None = None) -> Setting:
-    """The setting that keeps the least, among those whose KL is at most `max_kl` in the worse end of its interval.
+    """The setting that keeps least memory, among those whose KL is at most `max_kl` in the worse end of its interval.
 
-    With one document there is no interval, and the mean decides. Of equal memory, the smaller KL. Only the longest length is
-    looked at, unless another is given.
+    Settings within a twentieth of the least memory count as equal; the one that loses least on needles is taken, since the KL
+    says little of what is asked for later. With one document there is no interval, and the mean decides. Only the longest length
+    is looked at, unless another is given.
 
     Raises:
         InputError: no setting stays below the bound; the message names the closest.
@@ -42,7 +43,14 @@ def best_setting(results: Results, max_kl: float, length: int | None = None) -> 
             f"no setting stays within a KL of {max_kl:g} nats; the closest is {closest.method} at {closest.budget} with "
             f"{worst:.2g}. Give a larger --max-kl, or more --budgets"
         )
-    return min(allowed, key=lambda one: (round(one[1], 4), one[0]))[2]
+    least = min(kept for _, kept, _ in allowed)
+    equal = [(worst, setting) for worst, kept, setting in allowed if kept <= 1.05 * least]
+
+    def badness(one: tuple[float, Setting]) -> tuple[float, float]:
+        lost = results.lost(one[1], "needle")
+        return (0.0 if lost is None else lost.mean), one[0]
+
+    return min(equal, key=badness)[1]
 
 
 def make_plan(

@@ -117,6 +117,7 @@ class Bench:
 
         purpose = {
             "model": print_of, "text": _digest(self.documents), "seed": seed, "timed": timed,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__, "transformers": transformers.__version__,
             "calibration": None if calibration is None else calibration.fingerprint,
         }  # fmt: skip
