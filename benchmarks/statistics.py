@@ -1,7 +1,7 @@
 """What reading attention statistics costs a prefill, and what sampling query rows loses; `python -m benchmarks.statistics`.
 
-One prefill with the full cache; then each scorer watches the very calls of that prefill. Process CPU time on one thread, the least
-of several interleaved rounds, as a share of the prefill's. Writes benchmarks/results/statistics.json.
+One prefill with the full cache; then each scorer watches the very calls of that prefill. Process CPU time on one thread, the
+least of several interleaved rounds, as a share of the prefill's. Writes benchmarks/results/statistics.json.
 """
 
 from __future__ import annotations

@@ -57,9 +57,10 @@ def dense(model: Any, ids: Tensor, mask: Tensor) -> list[Dense]:
 
     found = []
     for row, own in zip(ids, mask.bool(), strict=True):
-        cache, seen = DynamicCache(config=model.config), []
+        cache: Any = DynamicCache(config=model.config)
+        seen: list[Tensor] = []
         hooks = [
-            layer.self_attn.q_proj.register_forward_hook(lambda m, i, o: seen.append(o))
+            layer.self_attn.q_proj.register_forward_hook(lambda m, i, o, s=seen: s.append(o))
             for layer in model.model.layers
         ]
         before = model.config._attn_implementation

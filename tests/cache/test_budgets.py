@@ -23,6 +23,7 @@ from regard.cache.budgets import (
     divide,
 )
 from regard.cache.calibration import Calibration
+from regard.cache.eviction import allowed
 from regard.cache.scorers import CAKE, H2O, KeyNorm, SnapKV, Streaming
 
 LAYERS, HEADS, TOKENS = 3, 2, 40
@@ -58,11 +59,12 @@ def test_spends_exactly_its_budget(name, size, model, batch):
     rule = RULES[name](size)
     with Cache(model, CAKE(window=4), rule, sinks=2) as cache:
         cache.prefill(ids, mask)
-        allowed = cache.allowed(cache.held[0])
+        assert cache.budget is not None
+        room = allowed(cache.budget, cache.held[0], cache.held)
         total = lengths(cache).sum((0, 2))
-        assert total.tolist() == (allowed * LAYERS * HEADS).tolist()
+        assert total.tolist() == (room * LAYERS * HEADS).tolist()
         if isinstance(size, float):
-            assert allowed.tolist() == (mask.sum(-1) * size).round().tolist()
+            assert room.tolist() == (mask.sum(-1) * size).round().tolist()
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -90,7 +90,7 @@ def test_streaming_exact_counts_positions_in_the_cache(model):
         with torch.no_grad(), caches.StreamingExact(model, size, every=1, sinks=sinks) as cache:
             cache.prefill(text[:, :30])
             bare.clear()
-            whole = DynamicCache(config=model.config)
+            whole: Any = DynamicCache(config=model.config)
             model(text[:, :30], cache=whole)
             keys, values = taken(), [layer.values for layer in whole.layers]
 
@@ -98,7 +98,7 @@ def test_streaming_exact_counts_positions_in_the_cache(model):
                 kept = [*range(sinks), *range(keys[0].shape[2] - size + sinks, keys[0].shape[2])]
                 keys = [k[:, :, kept] for k in keys]
                 values = [v[:, :, kept] for v in values]
-                counted = DynamicCache(config=model.config)
+                counted: Any = DynamicCache(config=model.config)
                 for i, layer in enumerate(model.model.layers):
                     rotary = Rotary.of(layer.self_attn, i)
                     turned = rotary.turn(keys[i], torch.arange(size)[None]).double()

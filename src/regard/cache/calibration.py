@@ -110,7 +110,7 @@ class Calibration:
             InputError: no such file, or not a calibration.
         """
         try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
+            held: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"no calibration at {path}: {error.strerror}") from None
         except ValueError:

@@ -12,6 +12,7 @@ from regard.cache import scorers
 from regard.cache.budget import Budget
 from regard.cache.budgets import Global
 from regard.cache.cache import Cache
+from regard.cache.eviction import allowed
 from regard.cache.reconstruction import reconstruct
 
 
@@ -61,7 +62,8 @@ class KVzip(Cache):
         if failed or self._depth or self._replayed or self.get_seq_length() < 2:
             return
         self._replayed = True
-        if bool((self.allowed(self.held[-1]) >= self.held[-1].real).all()):
+        assert self.budget is not None
+        if bool((allowed(self.budget, self.held[-1], self.held) >= self.held[-1].real).all()):
             return  # all of it fits
         if self.tokens is None or len(self.tokens) != 1:
             raise InputError(

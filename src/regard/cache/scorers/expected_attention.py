@@ -7,8 +7,8 @@ the next `horizon` ones.
 
 Source: Devoto et al. 2025, "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
 Distribution", arXiv 2510.00636.
-Cost: the queries' outer products (`dim^2` a query and head, 5 % of a prefill of 2048 tokens of SmolLM2), `dim^2` a key and head at each
-eviction; memory `heads x dim^2` a layer and row.
+Cost: the queries' outer products (`dim^2` a query and head, 5 % of a prefill of 2048 tokens of SmolLM2), `dim^2` a key and head
+at each eviction; memory `(heads / 2 + 1) dim^2` numbers a layer and row.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ Source: Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative In
 2306.14048.
 Cost: one more pass of query-key products and softmax over the prompt, a quarter of its prefill at 2048 tokens of SmolLM2. With
 `sample=2` about 15 %, and ranks that correlate with the exact ones to 0.97; fewer rows lose much, since heads that look at their
-neighbours spread a key's mass over few rows (`sample=8`: 6 %, 0.80; benchmarks/statistics.py). Each decoding step, when the cache evicts while decoding, one more row.
+neighbours spread a key's mass over few rows (`sample=8`: 6 %, 0.80; benchmarks/statistics.py). When the cache evicts while
+decoding, one more row a step.
 """
 
 from __future__ import annotations
