@@ -3,7 +3,7 @@
     python -m regard.models.language.training --out first/ --steps 3000 --stop 2000
     python -m regard.models.language.training --out weights/ --start first/ --steps 300 --learning-rate 0.0015 --seed 1
 
-take about 12 minutes of one core: a long stage, cut at a quarter of its peak rate, and a short one down to nothing. The
+take about 13 minutes of one core: a long stage, cut at a quarter of its peak rate, and a short one down to nothing. The
 matrices inside blocks are trained by Muon, the other parameters by AdamW; the noise levels of a batch are spread evenly over
 (0.001, 1) from a random start, which leaves each of them uniform and takes noise out of the gradient.
 """
@@ -85,7 +85,7 @@ def fit(
         stop: end after this many steps, before the schedule does.
         after_step: called with the number of finished steps and the loss (checkpoints, logs).
 
-    Cost: `steps` forward and backward passes; 0.28 s each for the default model and batch on one core.
+    Cost: `steps` forward and backward passes; about 0.3 s each for the default model and batch on one core.
     """
     generator = torch.Generator().manual_seed(seed)
     inner = {id(p) for block in model.layers for p in block.parameters() if p.ndim == 2}
