@@ -29,8 +29,8 @@ RATE = 3e-4
 class Text:
     """Rows of token ids: `train` comes before `held` in the same reference, no paragraph occurs twice."""
 
-    train: Int[Tensor, "rows length"]
-    held: Int[Tensor, "rows length"]
+    train: Int[Tensor, "train length"]
+    held: Int[Tensor, "held length"]
 
 
 def read(tokenizer: Any, length: int, train: int, held: int) -> Text:
