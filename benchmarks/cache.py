@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def decoding(
                 times[name].append((time.process_time() - start) * 1e3)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     speed = bandwidth()
-    found: dict[str, Any] = {"tokens": tokens, "bandwidth_gb_s": speed}
+    load = os.getloadavg()[0]
+    found: dict[str, Any] = {"tokens": tokens, "bandwidth_gb_s": speed, "load_average": load}
     for name, cache in caches.items():
         if isinstance(cache, Cache):
             size = cache.memory()
