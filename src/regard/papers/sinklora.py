@@ -190,7 +190,7 @@ def largest_difference(run: Run) -> float:
 def in_characters(run: Run) -> dict[str, Any]:
     """Every arm for every seed: losses, their course over positions, attention on token 0, the leak."""
     scale = run.pick(
-        quick=characters.Scale(base=3, extend=2, rows=2, batch=8),
+        quick=characters.Scale(base=2, extend=1, rows=1, batch=4),
         full=characters.Scale(base=250, extend=100, rows=32),
     )
     data = characters.corpus()
