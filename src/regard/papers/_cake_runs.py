@@ -117,7 +117,7 @@ def identities(model: Any, ids: Tensor, size: int) -> dict[str, float]:
     for held in (watched, once, prefill):
         held.close()
     return {
-        "heads that a cascade and one selection fill differently": differing,
-        "slots too many or too few": abs(slots),
+        "heads that a cascade and one selection fill differently": float(differing),
+        "slots too many or too few": float(abs(slots)),
         "largest difference of logits when everything fits": gap,
     }
