@@ -84,5 +84,5 @@ class Paper:
         if missing:
             raise InputError(
                 f"{self.slug} needs the module(s) {', '.join(missing)}, which are not installed; "
-                "pip install 'regard[experiments,plot,frames]'"
+                "pip install 'regard[experiments,plot,frames,train]'"
             )
