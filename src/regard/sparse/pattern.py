@@ -98,7 +98,7 @@ class Pattern(Method):
                 pattern = self.of_head(head, heads)
                 kinds.setdefault(id(pattern), (pattern, []))[1].append(head)
             masks = [
-                (pattern._one(queries, keys), tuple(chosen)) for pattern, chosen in kinds.values()
+                (pattern.one(queries, keys), tuple(chosen)) for pattern, chosen in kinds.values()
             ]
             self._masks[key] = join_heads(masks, queries, keys, heads)
         return self._masks[key]
@@ -112,7 +112,8 @@ class Pattern(Method):
             for q in range(first, last + 1)
         ]
 
-    def _one(self, queries: int, keys: int) -> BlockSparseMask:
+    def one(self, queries: int, keys: int) -> BlockSparseMask:
+        """The mask of this pattern alone, without those of single heads."""
         named = tuple(torch.tensor(blocks) for blocks in self.lists(queries, keys))
         probe = torch.zeros(1, dtype=torch.long)
         rule: Any = None if self.visible(probe, probe) is None else self.visible
