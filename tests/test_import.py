@@ -55,5 +55,5 @@ def test_a_submodule_import_does_not_hide_the_verb():
 
 
 def test_an_unknown_name_says_what_there_is():
-    with pytest.raises(AttributeError, match="no attribute 'atach'; it offers ablate, attach"):
+    with pytest.raises(AttributeError, match="no attribute 'atach'; it offers ablate, apply"):
         regard.atach  # noqa: B018
