@@ -52,13 +52,17 @@ _ROOMS = (
     "engine",
     "instruments",
     "interventions",
+    "labs",
     "metrics",
+    "models",
+    "nn",
     "ops",
     "papers",
     "plan",
     "pretrained",
     "sparse",
     "texts",
+    "weights",
 )
 
 __all__ = [

@@ -15,6 +15,7 @@ from regard.instruments.entropy import Entropy
 from regard.instruments.geometry import BosCosine, QueryKeyAngle, norm_report, qk_angle_report
 from regard.instruments.importance import HeadImportance, head_importance
 from regard.instruments.influence import FutureInfluence
+from regard.instruments.kv_drift import KVDrift
 from regard.instruments.maps import PooledMaps
 from regard.instruments.massive import CapMassive, DoseResponse, dose_response
 from regard.instruments.needles import RetrievalReport
@@ -47,6 +48,7 @@ __all__ = [
     "HeadOutputNorms",
     "Induction",
     "Instrument",
+    "KVDrift",
     "MeanOutput",
     "Observation",
     "PatternProfile",
