@@ -6,7 +6,7 @@ documents without needles. Intervals: bootstrap over documents.
 
     python -m benchmarks.quality_gap measure --part 1/2     (resumable; parts may run side by side)
     python -m benchmarks.quality_gap time                   (prefill ratios; run it alone on the machine)
-    python -m benchmarks.quality_gap table                  (writes results/quality_gap.json from what was measured)
+    python -m benchmarks.quality_gap table                  (writes results/quality_gap.json and docs/quality-gap.md)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import transformers
 
 import regard
+from benchmarks.quality_page import page
 from regard.bench import controls
 from regard.bench.documents import KINDS, builtin_documents
 from regard.bench.exam import Exam, make_exam
@@ -266,6 +267,7 @@ def table() -> None:
         "time": spent, "settings": lines,
     }  # fmt: skip
     write(HERE / "quality_gap.json", result)
+    (HERE.parents[1] / "docs" / "quality-gap.md").write_text(page(result))
     for line in lines:
         low, high = line["needle_lost"]["low"], line["needle_lost"]["high"]
         print(

@@ -1,0 +1,95 @@
+"""The documentation's page about what forgetting costs, drawn from `results/quality_gap.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regard.bench.documents import KINDS
+from regard.bench.results import FULL
+
+TITLES = {
+    FULL: "full cache",
+    "random": "random keys",
+    "streaming": "StreamingLLM",
+    "snapkv": "SnapKV",
+    "cake": "CAKE",
+    "h2o": "H2O",
+    "h2o+calibrated": "H2O, calibrated",
+    "h2o+calibrated on code": "H2O, calibrated on code alone",
+    "h2o sampled+calibrated": "H2O from 1 row in 8, calibrated",
+    "expected": "Expected Attention",
+    "expected+calibrated": "Expected Attention, calibrated",
+    "kvzip": "KVzip",
+    "oracle": "oracle: the planted sentences",
+}
+INTRODUCTION = """\
+# What forgetting costs
+
+SmolLM2-135M, contexts of {length} tokens, {count} documents: English, code and licence texts. Ten needles a document, each
+stated twice; the questions are unknown while the context is read. *Lost* is the log-probability an answer token falls by, against
+the full cache on the same document, with a 95 % bootstrap interval over documents. Head budgets are calibrated once, on three other
+documents without needles. *Bytes* is what the cache really holds against the keys and values of all tokens, positions and
+statistics included.
+"""
+HEAD = """\
+| method | needle lost, nats | interval | English / code / licence | copy lost | KL | bytes | prefill |
+|---|---|---|---|---|---|---|---|"""
+CLAIM = """\
+## The claim
+
+That cheap scores in calibrated head budgets lose at most 0.15 nats at 20 %, with at most 1.15 prefills and 0.21 of the memory.
+The loss is tested by the upper end of its interval.
+
+| method | loss | prefill | memory |
+|---|---|---|---|"""
+LIMITS = """
+Limits: one model, one kind of needle, one length; the model's own answers with the full cache are the reference, not the truth.
+
+```sh
+python -m benchmarks.quality_gap measure   # about 16 CPU minutes; goes on where it stopped
+python -m benchmarks.quality_gap time      # alone on the machine
+python -m benchmarks.quality_gap table     # this page
+```
+"""
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    count = len(result["documents"])
+    lines = [INTRODUCTION.format(length=f"{result['length']:,}", count=count)]
+    for budget in ("0.2", "0.1"):
+        own = [
+            one for one in result["settings"] if one["budget"] == budget or one["method"] == FULL
+        ]
+        lines += [f"## {float(budget):.0%} kept\n", HEAD, *map(_row, own), ""]
+    lines.append(CLAIM)
+    for line in result["settings"]:
+        if "calibrated" in line["method"] and line["budget"] == "0.2":
+            cells = (
+                _verdict(line["needle_lost"]["high"], 0.15),
+                _verdict(line["prefill_ratio"], 1.15),
+                _verdict(line["bytes_ratio"], 0.21),
+            )
+            lines.append(f"| {TITLES[line['method']]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, LIMITS])
+
+
+def _row(line: dict[str, Any]) -> str:
+    lost, kinds, ratio = line["needle_lost"], line["by_kind"], line["prefill_ratio"]
+    cells = (
+        TITLES[line["method"]],
+        f"{lost['mean']:.3f}",
+        "" if lost["low"] is None else f"[{lost['low']:.3f}, {lost['high']:.3f}]",
+        " / ".join("–" if kinds[kind] is None else f"{kinds[kind]:.2f}" for kind in KINDS),
+        f"{line['lost']['copy']['mean']:.2f}",
+        f"{line['kl']['mean']:.3f}",
+        f"{line['bytes_ratio']:.3f}",
+        "" if ratio is None else f"{ratio:.2f} x",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _verdict(value: float | None, bound: float) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.3f}, {'holds' if value <= bound else 'does not hold'}"
