@@ -27,8 +27,8 @@ INTRODUCTION = """\
 
 SmolLM2-135M, contexts of {length} tokens, {count} documents: English, code and licence texts. Ten needles a document, each
 stated twice; the questions are unknown while the context is read. *Lost* is the log-probability an answer token falls by, against
-the full cache on the same document, with a 95 % bootstrap interval over documents. Head budgets are calibrated once, on three other
-documents without needles. *Bytes* is what the cache really holds against the keys and values of all tokens, positions and
+the full cache on the same document, with a 95 % bootstrap interval over documents. Head budgets are calibrated once, on three
+other documents without needles. *Bytes* is what the cache really holds against the keys and values of all tokens, positions and
 statistics included.
 """
 HEAD = """\
