@@ -60,10 +60,13 @@ def next_tokens(model: Any, text: Tensor, context: int, sizes: Sequence[int]) ->
     return found
 
 
-def needle(model: Any, prompt: NeedlePrompt, sizes: Sequence[int]) -> dict[str, Any]:
+def needle(
+    model: Any, prompt: NeedlePrompt, sizes: Sequence[int], most: int = 32
+) -> dict[str, Any]:
     """For the full and each compressed cache: recall of the answer in greedy decoding, and its log-probability per token.
 
-    The reply is begun for the model with the needle's own words up to the answer.
+    The reply is begun for the model with the needle's own words up to the answer; it is as long as the answer, at most `most`
+    tokens.
     """
     prefill = Prefill(model, prompt.ids)
     tokenizer, answer = model.tokenizer, prompt.answer_ids
@@ -76,7 +79,7 @@ def needle(model: Any, prompt: NeedlePrompt, sizes: Sequence[int]) -> dict[str, 
         forced = read(model, branch(mine), answer[None, :-1], len(answer) - 1)[0]
         logprob = -negative_log_likelihood(torch.cat([logits, forced]), answer).mean()
         told: list[int] = []
-        for _ in answer:
+        for _ in answer[:most]:
             told.append(int(logits[-1].argmax()))
             logits = read(model, mine, torch.tensor([told[-1:]]))[0]
         return [prompt.recall(tokenizer.decode(told)), logprob.item()]

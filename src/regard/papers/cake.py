@@ -121,7 +121,7 @@ def experiment(run: Run) -> None:
     run.seed(0)
     sizes = run.pick(quick=(64,), full=(64, 128, 256, 512))
     context = run.pick(quick=150, full=1536)
-    after = run.pick(quick=17, full=129)
+    after = run.pick(quick=9, full=129)
     texts = documents(model.tokenizer, context + after, *run.pick(quick=(1, 0), full=(8, 4)))
     prompts = needle_prompts(
         model.tokenizer,
@@ -129,7 +129,8 @@ def experiment(run: Run) -> None:
         depths=run.pick(quick=(0.5,), full=(0.25, 0.6)),
         needles=run.pick(quick=1, full=4),
     )
-    first = texts[0][: run.pick(quick=120, full=1024)]
+    most = run.pick(quick=2, full=32)
+    first = texts[0][: run.pick(quick=100, full=1024)]
     exact(run, model, first)
     profile(run, model, first)
     losses = [
@@ -137,7 +138,7 @@ def experiment(run: Run) -> None:
         for i, text in enumerate(run.progress(texts, "reading on"))
     ]
     found = [
-        run.partial(f"needle/{i}", lambda p=prompt: needle(model, p, sizes))
+        run.partial(f"needle/{i}", lambda p=prompt: needle(model, p, sizes, most))
         for i, prompt in enumerate(run.progress(prompts, "looking for needles"))
     ]
     settings = {
