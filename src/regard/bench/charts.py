@@ -139,7 +139,7 @@ def depth_table(
         for s in settings
     }
     worst = max((v for row in rows.values() for v in row if v is not None), default=0.0)
-    head = ["Method", "Kept", *(f"{20 * part}–{20 * part + 20} %" for part in range(5))]
+    head = ["Method", "Budget", *(f"{20 * part}–{20 * part + 20} %" for part in range(5))]
     body = [
         [
             escape(titles.get(s.method, s.method)),

@@ -11,7 +11,8 @@ from regard.report.markup import number, quantity
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-COLUMNS = ("kept", "kl", "top1", "needle", "multikey", "variables", "copy", "evict", "decode")
+COLUMNS = ("kept", "kl", "needle", "multikey", "variables", "copy", "decode")
+HEADS = {"multikey": "keys", "variables": "vars", "decode": "ms/token"}
 
 
 def summary(results: Results) -> RenderableType:
@@ -26,13 +27,11 @@ def summary(results: Results) -> RenderableType:
         count = len({row.document for row in results.rows if row.length == length})
         table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
         table.title = f"{number(length)} tokens, {count} document{'s' if count > 1 else ''}"
-        table.add_column("Cache")
-        table.add_column("budget", justify="right")
+        table.add_column("Cache", no_wrap=True)
+        table.add_column("budget", justify="right", no_wrap=True)
         for key in COLUMNS:
             measure = MEASURES[key]
-            lost = " lost" if key in ("needle", "multikey", "variables", "copy") else ""
-            unit = "" if measure.unit in ("share", "nats") else f" {measure.unit}"
-            table.add_column(f"{measure.label.lower()}{lost}{unit}", justify="right")
+            table.add_column(HEADS.get(key, measure.label.lower()), justify="right", no_wrap=True)
         front = set(results.pareto(length, "needle", "kept"))
         for setting in (s for s in results.settings() if s.length == length):
             name = Text(titles.get(setting.method, setting.method))
@@ -43,7 +42,8 @@ def summary(results: Results) -> RenderableType:
         parts.append(table)
     parts.append(
         Text(
-            "green: nothing keeps needles better in as little memory. Losses in nats a token against the full cache.",
+            "needle, keys, vars, copy: nats lost a token against the full cache. Green: no other keeps needles "
+            "better in as little memory.",
             style="dim",
         )
     )

@@ -38,7 +38,7 @@ def hero(results: Results) -> str:
             (
                 "Read bandwidth",
                 f"{number(about['bandwidth'] / 1e9)} GB/s",
-                f"{about.get('threads')} threads",
+                f"threads: {about.get('threads')}",
             )
         )
     if not results.complete:
@@ -210,8 +210,8 @@ def times(results: Results, titles: dict[str, str]) -> str:
     return (
         _section(
             "speed",
-            "The dark part of a bar is the time that reading weights and cache once takes at the measured bandwidth; no cache "
-            "can be faster. Compare with the full cache of regard, which drops nothing, before crediting a method.",
+            "The coloured part of a bar is the time that reading weights and cache once takes at the measured bandwidth; no "
+            "cache can be faster. Compare with the full cache of regard, which drops nothing, before crediting a method.",
             "".join(parts),
         )
         if parts
