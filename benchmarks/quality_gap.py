@@ -5,7 +5,6 @@ while the context is read. Every method is scored on the same prefill of a docum
 documents without needles. Intervals: bootstrap over documents.
 
     python -m benchmarks.quality_gap measure --part 1/2     (resumable; parts may run side by side)
-    python -m benchmarks.quality_gap time                   (prefill ratios; run it alone on the machine)
     python -m benchmarks.quality_gap table                  (writes results/quality_gap.json and docs/quality-gap.md)
 """
 
@@ -41,6 +40,13 @@ from regard.cache.reconstruction import reconstruct
 from regard.texts import sources
 
 HERE = Path(__file__).parent / "results"
+STATISTICS = {
+    "h2o sampled": "H2O, one row in 8",
+    "h2o": "H2O, every row",
+    "snapkv": "SnapKV",
+    "cake": "CAKE",
+    "expected": "Expected Attention",
+}
 LENGTH, EACH, BUDGETS = 2048, 4, (0.2, 0.1)
 
 
@@ -161,61 +167,6 @@ def grade(
     print(f"{exam.name:12} {method:24} {size:4} needle {statistics.mean(needles):.3f}", flush=True)
 
 
-def timing(rounds: int = 2) -> None:
-    """Prefill of one document under each cache, interleaved; medians, as ratios to transformers' own cache."""
-    torch.set_num_threads(1)
-    model = regard.load("smollm2")
-    exam = exams(model.tokenizer)[0]
-    both = Calibration.load(HERE / "quality_gap.calibrated.partial.json")
-    ids = exam.context[None]
-
-    def run(make: Any) -> float:
-        start = time.process_time()
-        with torch.inference_mode():
-            cache = make()
-            if isinstance(cache, Cache):
-                cache.prefill(ids)
-            else:
-                model(ids, past_key_values=cache, logits_to_keep=1)
-        taken = time.process_time() - start
-        if isinstance(cache, Cache):
-            cache.close()
-        return taken
-
-    def kvzip() -> float:
-        start = time.process_time()
-        cache = regard.cache.Full(model)
-        with torch.inference_mode():
-            cache.prefill(ids)
-            reconstruct(model, ids, cache=cache)
-        cache.close()
-        return time.process_time() - start
-
-    jobs: dict[str, Any] = {
-        "library": lambda: run(lambda: transformers.DynamicCache(config=model.config)),
-        "full": lambda: run(lambda: regard.cache.Full(model)),
-        "h2o+calibrated": lambda: run(lambda: Cache(model, scorers.H2O(), Calibrated(0.2, both))),
-        "h2o sampled+calibrated": lambda: run(lambda: Cache(model, scorers.H2O(sample=8), Calibrated(0.2, both))),
-        "expected+calibrated": lambda: run(lambda: Cache(model, scorers.ExpectedAttention(), Calibrated(0.2, both))),
-        "kvzip": kvzip,
-    }  # fmt: skip
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            taken[name].append(job())
-    base = taken["library"]
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times, base, strict=True))
-        for name, times in taken.items()
-    }
-    seconds = {name: round(min(times), 2) for name, times in taken.items()}
-    write(
-        HERE / "quality_gap.time.partial.json",
-        {"prefill_ratio": ratios, "prefill_seconds": seconds, "rounds": rounds},
-    )
-    print(json.dumps(ratios, indent=1))
-
-
 def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -224,8 +175,14 @@ def write(path: Path, content: Any) -> None:
 def collect() -> Results:
     rows = []
     for path in sorted(HERE.glob("quality_gap.*of*.partial.jsonl")):
-        for cell in map(json.loads, path.read_text().splitlines()[1:]):
+        cells = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        done = {
+            cell["name"].removeprefix("done/") for cell in cells if cell["name"].startswith("done/")
+        }
+        for cell in cells:
             document, _, rest = cell["name"].partition("/")
+            if document not in done:
+                continue
             method, _, size = rest.rpartition("/")
             if method:
                 kind = document.rpartition(" ")[0]
@@ -237,8 +194,8 @@ def collect() -> Results:
 
 def table() -> None:
     found = collect()
-    timed = HERE / "quality_gap.time.partial.json"
-    spent = json.loads(timed.read_text()) if timed.is_file() else {}
+    costs = json.loads((HERE / "statistics.json").read_text())
+    extra = {row["method"]: row["extra"] for row in costs["rows"]}
     lines = []
     for setting in found.settings():
         lost = {m: found.lost(setting, m) for m in ("needle", "copy")}
@@ -256,15 +213,14 @@ def table() -> None:
                 "needle": round(needle.mean, 4), "needle_lost": spread(lost["needle"]), "by_kind": by_kind,
                 "lost": {m: spread(e) for m, e in lost.items() if e}, "kl": spread(closeness),
                 "bytes_ratio": round(kept.mean, 4), "states_ratio": round(statistics.mean(states.values()), 4),
-                "prefill_ratio": spent.get("prefill_ratio", {}).get(setting.method),
+                "prefill_ratio": prefill_ratio(setting.method, extra),
             }
         )  # fmt: skip
     result = {
         "what": __doc__.split("\n\n")[0].partition(": ")[2],
         "length": LENGTH, "documents": sorted({row.document for row in found.rows}), "texts": sources(),
         "versions": {"regard": regard.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
-        "time": spent, "settings": lines,
+                     "python": platform.python_version()}, "settings": lines,
     }  # fmt: skip
     write(HERE / "quality_gap.json", result)
     (HERE.parents[1] / "docs" / "quality-gap.md").write_text(page(result))
@@ -277,6 +233,14 @@ def table() -> None:
         )
 
 
+def prefill_ratio(method: str, extra: dict[str, float]) -> float | None:
+    """Prefill with the method's statistics over a plain one, from the benchmark of attention statistics."""
+    for name, row in STATISTICS.items():
+        if method.startswith(name):
+            return None if row not in extra else round(1 + extra[row], 4)
+    return None
+
+
 def spread(estimate: Any) -> dict[str, float | None]:
     ends = (estimate.mean, estimate.low, estimate.high)
     mean, low, high = (None if math.isnan(end) else round(end, 4) for end in ends)
@@ -285,13 +249,11 @@ def spread(estimate: Any) -> dict[str, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_gap", description=__doc__)
-    parser.add_argument("what", choices=["measure", "time", "table"])
+    parser.add_argument("what", choices=["measure", "table"])
     parser.add_argument("--part", default="1/1", help="of the documents, such as 1/2")
     given = parser.parse_args()
     if given.what == "measure":
         measure(*map(int, given.part.split("/")))
-    elif given.what == "time":
-        timing()
     else:
         table()
 

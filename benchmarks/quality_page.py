@@ -29,7 +29,8 @@ SmolLM2-135M, contexts of {length} tokens, {count} documents: English, code and 
 stated twice; the questions are unknown while the context is read. *Lost* is the log-probability an answer token falls by, against
 the full cache on the same document, with a 95 % bootstrap interval over documents. Head budgets are calibrated once, on three
 other documents without needles. *Bytes* is what the cache really holds against the keys and values of all tokens, positions and
-statistics included.
+statistics included; *prefill* is a prefill with the method's statistics over a plain one, from the benchmark of attention
+statistics (the eviction itself adds about a hundredth).
 """
 HEAD = """\
 | method | needle lost, nats | interval | English / code / licence | copy lost | KL | bytes | prefill |
@@ -47,7 +48,6 @@ Limits: one model, one kind of needle, one length; the model's own answers with 
 
 ```sh
 python -m benchmarks.quality_gap measure   # about 16 CPU minutes; goes on where it stopped
-python -m benchmarks.quality_gap time      # alone on the machine
 python -m benchmarks.quality_gap table     # this page
 ```
 """
