@@ -77,7 +77,13 @@ def test_tiles_are_masked_dense_attention_with_its_gradients(case: dict, wave: i
     lists = random_lists(queries, offset, size, key_size, keys, case["causal"], case["seed"])
     mask = from_lists(lists, size, keys, causal=case["causal"], offset=offset, key_size=key_size)
     q, k, v = tensors(
-        case["batch"], case["groups"] * case["group"], case["groups"], queries, keys, 8, case["seed"]
+        case["batch"],
+        case["groups"] * case["group"],
+        case["groups"],
+        queries,
+        keys,
+        8,
+        case["seed"],
     )
     seen = visible(mask, queries)
     assert seen.any(-1).all()
@@ -90,9 +96,7 @@ def test_tiles_are_masked_dense_attention_with_its_gradients(case: dict, wave: i
     finally:
         waves.WAVE = held
     torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
-    for one, other in zip(
-        found, torch.autograd.grad(expected, (q, k, v), weight), strict=True
-    ):
+    for one, other in zip(found, torch.autograd.grad(expected, (q, k, v), weight), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
 
 
