@@ -18,7 +18,13 @@ COMMAND = re.compile(r"^\{\{ regard (?P<arguments>.+) \}\}$", re.M)
 
 def on_config(config: Any) -> Any:
     home = Path(config.docs_dir)
-    written = [{"Benchmarks": "benchmarks.md"}] if (home / "benchmarks.md").exists() else []
+    measured = {
+        "Observing": "benchmarks.md",
+        "Shrinking": "benchmarks-shrink.md",
+        "The quality gap": "quality-gap.md",
+    }
+    there = [{title: page} for title, page in measured.items() if (home / page).exists()]
+    written = [{"Benchmarks": there}] if there else []
     papers = sorted((home / "papers").glob("*.md"), key=lambda page: (page.stem != "index", page))
     if papers:
         written.append({"Papers": [f"papers/{page.name}" for page in papers]})
