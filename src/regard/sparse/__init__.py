@@ -2,6 +2,7 @@
 
 from regard.sparse.dhsa import DHSA
 from regard.sparse.dilated import Dilated
+from regard.sparse.hierarchical import FixedChunks, HierarchicalSparse
 from regard.sparse.longnet import LongNet
 from regard.sparse.pattern import Pattern
 from regard.sparse.power import Power
@@ -14,6 +15,8 @@ from regard.sparse.top_k_blocks import TopKBlocks
 __all__ = [
     "DHSA",
     "Dilated",
+    "FixedChunks",
+    "HierarchicalSparse",
     "LongNet",
     "Pattern",
     "Power",
