@@ -44,8 +44,8 @@ The loss is tested by the upper end of its interval.
 | method | loss | prefill | memory |
 |---|---|---|---|"""
 LIMITS = """
-What is planted takes a fifth of a context, so at 10 % the oracle cannot keep all of it. Limits: one model, one kind of needle, one
-length; the model's own answers with the full cache are the reference, not the truth.
+What is planted takes a fifth of a context, so at 10 % the oracle cannot keep all of it. Limits: one model, one kind of needle,
+one length; the model's own answers with the full cache are the reference, not the truth.
 
 ```sh
 python -m benchmarks.quality_gap measure   # about 18 CPU minutes; goes on where it stopped
