@@ -41,7 +41,7 @@ def test_page_data_and_plan_are_written(directory: Path, tmp_path: Path):
         directory, "--methods", "streaming,h2o+calibrated", "--out", str(out), "--plan", str(plan), "--max-kl", "50"
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "H2O, calibrated" in result.output and "plan:" in result.output
+    assert "h2o+calibrated" in result.output and "plan:" in result.output
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "bench.html",

@@ -137,7 +137,7 @@ def test_the_summary_prints(results: Results):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary(results))
     text = console.export_text()
-    assert "Expected Attention, calibrated" in text and "40 tokens" in text
+    assert "expected+calibrated" in text and "40 tokens" in text
 
 
 def test_a_plan_comes_out(results: Results, model: Any, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""A bench in a terminal: one line for each setting."""
+"""A bench in a terminal: one line for each setting, with the names that `--methods` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 COLUMNS = ("kept", "kl", "needle", "multikey", "variables", "copy", "decode")
-HEADS = {"multikey": "keys", "variables": "vars", "decode": "ms/token"}
+NAMES = {FULL: "full cache", LIBRARY: "DynamicCache"}
+HEADS = {"multikey": "keys", "variables": "vars", "decode": "ms"}
 
 
 def summary(results: Results) -> RenderableType:
@@ -21,20 +22,22 @@ def summary(results: Results) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    titles = {key: entry["title"] for key, entry in results.about.get("methods", {}).items()}
     parts: list[RenderableType] = []
     for length in results.lengths():
         count = len({row.document for row in results.rows if row.length == length})
-        table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold"
+        )
         table.title = f"{number(length)} tokens, {count} document{'s' if count > 1 else ''}"
         table.add_column("Cache", no_wrap=True)
         table.add_column("budget", justify="right", no_wrap=True)
         for key in COLUMNS:
             measure = MEASURES[key]
-            table.add_column(HEADS.get(key, measure.label.lower()), justify="right", no_wrap=True)
+            head = HEADS.get(key, measure.label.lower())
+            table.add_column(head, justify="right", no_wrap=True, min_width=6)
         front = set(results.pareto(length, "needle", "kept"))
         for setting in (s for s in results.settings() if s.length == length):
-            name = Text(titles.get(setting.method, setting.method))
+            name = Text(NAMES.get(setting.method, setting.method))
             if setting in front and setting.method not in (FULL, LIBRARY):
                 name.stylize("bold green")
             budget = "" if setting.method in (FULL, LIBRARY) else size_label(setting.budget)
@@ -43,7 +46,7 @@ def summary(results: Results) -> RenderableType:
     parts.append(
         Text(
             "needle, keys, vars, copy: nats lost a token against the full cache. Green: no other keeps needles "
-            "better in as little memory.",
+            "better in as little memory. ms: a generated token.",
             style="dim",
         )
     )

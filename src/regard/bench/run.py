@@ -63,7 +63,7 @@ class Bench:
         InputError: before any work, for anything that cannot be measured.
 
     Cost: per document a prefill (with the queries of all layers in memory), a watching per scorer, and per setting about 20
-    questions; the defaults take about 12 CPU minutes with SmolLM2-135M.
+    questions; the defaults take about 13 CPU minutes with SmolLM2-135M.
     """
 
     def __init__(

@@ -93,19 +93,24 @@ def _finding(results: Results, length: int, budget: str, titles: dict[str, str])
     keeper = min(needles, key=lambda s: needles[s].mean)
     close = min(texts, key=lambda s: texts[s].mean)
     name = escape(titles.get(keeper.method, keeper.method))
-    sentence = f"<b>{name}</b> loses {quantity(needles[keeper].mean, 'nats', 2)} a token on needles"
+    sentence = f"<b>{name}</b> loses {_loss(needles[keeper].mean)} on needles"
     if close.method == keeper.method:
         sentence += f" and stays closest to the full cache’s predictions (KL {quantity(texts[close].mean, '', 2)})"
     else:
         other = escape(titles.get(close.method, close.method))
+        worse = needles[close].mean - needles[keeper].mean > 0.2
         sentence += (
-            f"; <b>{other}</b> stays closest on the running text (KL {quantity(texts[close].mean, '', 2)}), "
-            f"but loses {quantity(needles[close].mean, 'nats', 2)} on needles"
+            f"; <b>{other}</b> stays closest on the running text (KL {quantity(texts[close].mean, '', 2)}) "
+            f"{'but' if worse else 'and'} loses {_loss(needles[close].mean)} on needles"
         )
     return (
         f'<div class="verdict"><p class="tag">{number(length)} tokens, budget {escape(size_label(budget))}</p>'
         f'<p class="sentence">{sentence}.</p></div>'
     )
+
+
+def _loss(nats: float) -> str:
+    return "nothing" if nats < 0.005 else f"{quantity(nats, 'nats', 2)} a token"
 
 
 def _section(key: str, lead: str, body: str) -> str:
