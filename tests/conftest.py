@@ -19,7 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
-pytest_plugins = ["fixtures_models"]
+pytest_plugins = ["fixtures_browser", "fixtures_models"]
 
 torch.set_num_threads(1)  # pytest-xdist already uses one process per core
 

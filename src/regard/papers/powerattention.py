@@ -297,7 +297,7 @@ def pretrained(run: Run) -> None:
     windows = ids[: tokens * count].view(count, tokens)
     losses = {
         name: run.partial(f"loss/{name}", lambda p=chosen: loss(model, windows, p))
-        for name, chosen in run.progress(kinds.items(), "text", total=len(kinds))
+        for name, chosen in run.progress(list(kinds.items()), "text")
     }
     own = {name: round(value - losses["dense"], 3) for name, value in losses.items()}
     where = f"SmolLM2-135M-Instruct (4-bit weights), blocks of {block}, 7 of {tokens // block} blocks for the last query"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -75,26 +72,6 @@ def test_one_document_and_missing_parts_still_make_a_page():
 def test_nothing_measured_is_an_error():
     with pytest.raises(InputError, match="at least one measurement"):
         render(Results())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api")
-    found = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    with sync.sync_playwright() as playwright:
-        try:
-            launched = playwright.chromium.launch(
-                executable_path=os.environ.get("REGARD_CHROMIUM") or found,
-                args=["--no-sandbox", "--disable-gpu"],
-            )
-        except sync.Error as error:
-            if os.environ.get("CI"):
-                pytest.fail(str(error), pytrace=False)
-            pytest.skip("no Chromium")
-        yield launched
-        launched.close()
 
 
 @pytest.mark.browser
