@@ -356,3 +356,16 @@ def test_what_parts_of_a_block_receive_adds_up(runs, padded):
     valid[1, 40:] = False
     call = AttentionCall.make(query, key, key, valid=valid if padded else None)
     attend(call, Pipeline([ReadParts(runs)]))
+
+
+def test_a_workspace_filled_in_inference_mode_serves_outside_of_it():
+    workspace = blockwise.Workspace()
+    query, key = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    outputs = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            method = ReadScores(entropy_first=True)
+            call = AttentionCall.make(query, key, key)
+            outputs.append(attend(call, Pipeline([method]), workspace=workspace))
+    for output in outputs[1:]:
+        assert torch.equal(output, outputs[0])

@@ -47,6 +47,7 @@ class Workspace:
             or held.numel() < numbers
             or held.dtype != like.dtype
             or held.device != like.device
+            or (held.is_inference() and not torch.is_inference_mode_enabled())
         ):
             held = torch.empty(numbers, dtype=like.dtype, device=like.device)
             self.buffers[name] = held
