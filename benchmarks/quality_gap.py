@@ -40,13 +40,6 @@ from regard.cache.reconstruction import reconstruct
 from regard.texts import sources
 
 HERE = Path(__file__).parent / "results"
-STATISTICS = {
-    "h2o sampled": "H2O, one row in 8",
-    "h2o": "H2O, every row",
-    "snapkv": "SnapKV",
-    "cake": "CAKE",
-    "expected": "Expected Attention",
-}
 LENGTH, EACH, BUDGETS = 2048, 4, (0.2, 0.1)
 
 
@@ -194,8 +187,8 @@ def collect() -> Results:
 
 def table() -> None:
     found = collect()
-    costs = json.loads((HERE / "statistics.json").read_text())
-    extra = {row["method"]: row["extra"] for row in costs["rows"]}
+    costs = json.loads((HERE / "prefill.json").read_text())["rows"]
+    prefills = {row["method"]: row["ratio"] for row in costs}
     lines = []
     for setting in found.settings():
         lost = {m: found.lost(setting, m) for m in ("needle", "copy")}
@@ -213,7 +206,7 @@ def table() -> None:
                 "needle": round(needle.mean, 4), "needle_lost": spread(lost["needle"]), "by_kind": by_kind,
                 "lost": {m: spread(e) for m, e in lost.items() if e}, "kl": spread(closeness),
                 "bytes_ratio": round(kept.mean, 4), "states_ratio": round(statistics.mean(states.values()), 4),
-                "prefill_ratio": prefill_ratio(setting.method, extra),
+                "prefill_ratio": prefills.get(setting.method.removesuffix(" on code")),
             }
         )  # fmt: skip
     result = {
@@ -231,14 +224,6 @@ def table() -> None:
             f"lost {line['needle_lost']['mean']:6.3f} [{low}, {high}] "
             f"kl {line['kl']['mean']:.4f} copy {line['lost']['copy']['mean']:.3f} bytes {line['bytes_ratio']:.3f}"
         )
-
-
-def prefill_ratio(method: str, extra: dict[str, float]) -> float | None:
-    """Prefill with the method's statistics over a plain one, from the benchmark of attention statistics."""
-    for name, row in STATISTICS.items():
-        if method.startswith(name):
-            return None if row not in extra else round(1 + extra[row], 4)
-    return None
 
 
 def spread(estimate: Any) -> dict[str, float | None]:

@@ -81,8 +81,7 @@ PAPER = Paper(
             setting="LLaDA-8B, GSM8K, 256 tokens",
             paper="78.0 -> 78.2",
             unit=" points",
-            expect="at least -2 points",
-            holds=lambda points: points >= -2,
+            expect="at least -2 points, its interval included; cannot say where the interval holds both",
         ),
         Claim(
             "interval",
@@ -262,13 +261,16 @@ def _record_default(
     )
     change = table["right"] - right_without["none/16"]
     able = right_without["none/16"].mean() >= 0.1
+    spread = _interval([100 * change[d].mean() for d in draws])
     run.record(
         "accuracy",
         here=100 * float(change.mean()) if able else None,
-        interval=_interval([100 * change[d].mean() for d in draws]) if able else None,
+        interval=spread if able else None,
+        holds=(True if spread[0] >= -2 else False if spread[1] < -2 else None) if able else None,
         setting=setting,
         note=("" if able else "the model solves too few prompts to tell; ")
-        + "interval: paired bootstrap over prompts, 95 %; right parts of the three of an answer, without a cache: "
+        + "right parts of an answer were taken in place of exact answers after an early state of the model gave none of these: "
+        "the model is under-trained, and what is said here is said of it; interval: paired bootstrap over prompts, 95 %; right parts of the three of an answer, without a cache: "
         + ", ".join(f"{100 * v.mean():.0f} % ({n[5:]})" for n, v in right_without.items()),
     )
     steps, plain = table["steps"], np.array(without["steps"], dtype=float)

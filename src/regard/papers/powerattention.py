@@ -242,7 +242,8 @@ def record_passkeys(run: Run, setting: Setting, found: dict[str, list[dict[str, 
         holds=bool(power.mean() >= 95 and power.min() >= 85),
         setting=here,
         note=f"worst {float(power[worst]):.0f} % at distance {worst} ({worst.bit_count()} hops of {setting.layers} layers);"
-        f" full attention {float(accuracy['full'].mean()):.1f} %, chance {100 * CHANCE:.2f} %",
+        f" full attention after the same {setting.steps} steps {float(accuracy['full'].mean()):.1f} %,"
+        f" chance {100 * CHANCE:.2f} %",
     )
     for name in ("sliding", "dilated"):
         hops = hops_to(setting, kinds[name][0])
