@@ -270,7 +270,8 @@ def _record_default(
         setting=setting,
         note=("" if able else "the model solves too few prompts to tell; ")
         + "right parts of an answer were taken in place of exact answers after an early state of the model gave none of these: "
-        "the model is under-trained, and what is said here is said of it; interval: paired bootstrap over prompts, 95 %; right parts of the three of an answer, without a cache: "
+        "the model is under-trained, and what is said here is said of it; interval: paired bootstrap over prompts, 95 %; "
+        "right parts of the three of an answer, without a cache: "
         + ", ".join(f"{100 * v.mean():.0f} % ({n[5:]})" for n, v in right_without.items()),
     )
     steps, plain = table["steps"], np.array(without["steps"], dtype=float)
