@@ -26,7 +26,7 @@ test: check ## set up, then run every check and the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
 older: $(VENV)/.older-$(OLDER) ## run what depends on transformers under an older version (OLDER=...)
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/older-$(OLDER) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/attach
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/older-$(OLDER) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/attach tests/cache tests/plan
 
 check: $(VENV)/.dev ## lint, formatting, types, floors
 	$(BIN)/ruff check .

@@ -67,7 +67,7 @@ def dense(model: Any, ids: Tensor, mask: Tensor) -> list[Dense]:
         model.set_attn_implementation("eager")
         try:
             with torch.no_grad():
-                out = model(row[own][None], cache=cache, output_attentions=True)
+                out = model(row[own][None], past_key_values=cache, output_attentions=True)
         finally:
             model.set_attn_implementation(before)
             for hook in hooks:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -38,6 +40,8 @@ REFUSED = {
     **dict.fromkeys(("gpt_neox_japanese", "megatron-bert", "prophetnet"), NO_INTERFACE),
     **dict.fromkeys(("rembert", "roformer", "trocr", "xglm"), NO_INTERFACE),
 }
+if Version(transformers.__version__) < Version("5.24"):
+    REFUSED |= dict.fromkeys(("codegen", "gptj"), NO_INTERFACE)
 """Families that no cache of regard's works with, and what the error says."""
 
 LATENT = "did not reach the attention function"

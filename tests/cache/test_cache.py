@@ -28,7 +28,8 @@ def test_everything_is_the_untouched_model() -> None:
     for cache in (Full(model), Cache(model, Comb(), 1.0), Cache(model, Comb(), 1000, every=1)):
         with cache:
             assert torch.equal(
-                model.generate(text, max_new_tokens=12, do_sample=False, cache=cache), untouched
+                model.generate(text, max_new_tokens=12, do_sample=False, past_key_values=cache),
+                untouched,
             )
 
 
@@ -40,8 +41,10 @@ def test_a_question_at_once_equals_one_token_at_a_time(tokens: int) -> None:
         assert len({len(kept) for layer in range(3) for kept in positions_of(cache, layer)[0]}) > 2
         twin = cache.branch()
         with cache.paused(), twin.paused():
-            at_once = model(question, cache=cache).logits
-            singly = [model(question[:, i : i + 1], cache=twin).logits for i in range(tokens)]
+            at_once = model(question, past_key_values=cache).logits
+            singly = [
+                model(question[:, i : i + 1], past_key_values=twin).logits for i in range(tokens)
+            ]
         torch.testing.assert_close(at_once, torch.cat(singly, 1), atol=1e-5, rtol=0)
         twin.close()
 
@@ -54,7 +57,7 @@ def test_positions_go_on_where_the_text_ended() -> None:
     )
     with Cache(model, Comb(), 8) as cache:
         cache.prefill(text)
-        model(ids(3), cache=cache)
+        model(ids(3), past_key_values=cache)
     hook.remove()
     assert seen[-1].tolist() == [[40, 41, 42]]
     assert cache.get_seq_length() == 43 and cache.kept(0, 0).max() == 42
@@ -92,7 +95,7 @@ def test_interleaved_conversations_are_those_alone() -> None:
         for who in order:
             turn = len(said[who])
             given = texts[who] if turn == 0 else ids(1 + turn % 3, 10 * who + turn)
-            said[who].append(model(given, cache=caches[who]).logits)
+            said[who].append(model(given, past_key_values=caches[who]).logits)
         return said
 
     alone = {}
@@ -147,12 +150,12 @@ def test_instruments_see_what_is_held() -> None:
         cache.prefill(text)
         twin = cache.branch()
         with cache.paused(), twin.paused():
-            plain = model(question, cache=cache).logits
+            plain = model(question, past_key_values=cache).logits
             held = [layer.rows.held for layer in cache.held]
             watch = Watch()
             with regard.attach(model, watch):
-                watched = model(question, cache=twin).logits
-                model(question[:, :1], cache=twin)
+                watched = model(question, past_key_values=twin).logits
+                model(question[:, :1], past_key_values=twin)
     torch.testing.assert_close(watched, plain, atol=1e-5, rtol=0)
     assert watch.keys == [*held, *(count + 1 for count in held)]
     for sums in watch.sums:
@@ -165,12 +168,13 @@ def test_a_branch_is_independent() -> None:
         cache.prefill(text)
         kept = [positions_of(cache, layer) for layer in range(3)]
         twin = copy.deepcopy(cache)
-        model(ids(5, 9), cache=twin)
+        model(ids(5, 9), past_key_values=twin)
         assert [positions_of(cache, layer) for layer in range(3)] == kept
         assert cache.get_seq_length() == 40 and twin.get_seq_length() == 45
         again = cache.branch()
         assert torch.equal(
-            model(ids(5, 9), cache=again).logits, model(ids(5, 9), cache=cache).logits
+            model(ids(5, 9), past_key_values=again).logits,
+            model(ids(5, 9), past_key_values=cache).logits,
         )
 
 
@@ -181,17 +185,17 @@ def test_crop_takes_tokens_back() -> None:
         cache.prefill(text)
         cache._paused = True
         before = [positions_of(cache, layer) for layer in range(3)]
-        first = model(ids(4, 9), cache=cache).logits
+        first = model(ids(4, 9), past_key_values=cache).logits
         cache.crop(-4)
         assert [positions_of(cache, layer) for layer in range(3)] == before
         assert cache.get_seq_length() == 40 and cache.tokens is not None
         assert torch.equal(cache.tokens, text)
-        assert torch.equal(model(ids(4, 9), cache=cache).logits, first)
+        assert torch.equal(model(ids(4, 9), past_key_values=cache).logits, first)
     with Full(model) as full:
         full.prefill(text)
         full.crop(10)  # all but the first ten
         whole = model(text[:, :12]).logits[:, 10:]
-        torch.testing.assert_close(model(text[:, 10:12], cache=full).logits, whole)
+        torch.testing.assert_close(model(text[:, 10:12], past_key_values=full).logits, whole)
         with pytest.raises(InputError, match="12 tokens at most"):
             full.crop(-13)
 
@@ -229,12 +233,14 @@ def test_reduced_precision() -> None:
     model = small_llama().bfloat16()
     text = ids(30)
     expected = model(text, use_cache=True)
-    step = model(ids(1, 5), cache=expected.cache).logits
+    step = model(ids(1, 5), past_key_values=expected.past_key_values).logits
     with Full(model) as full, Cache(model, Comb(), Slanted(9)) as cache:
         full.prefill(text)
-        torch.testing.assert_close(model(ids(1, 5), cache=full).logits, step, atol=0.06, rtol=0.05)
+        torch.testing.assert_close(
+            model(ids(1, 5), past_key_values=full).logits, step, atol=0.06, rtol=0.05
+        )
         cache.prefill(text)
-        logits = model(ids(3, 5), cache=cache).logits
+        logits = model(ids(3, 5), past_key_values=cache).logits
         assert cache.layers[0].keys.dtype == torch.bfloat16 and bool(logits.isfinite().all())
 
 
@@ -247,12 +253,12 @@ def test_a_failed_call_is_noticed() -> None:
 
     handle = model.model.layers[1].mlp.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        model(ids(20), cache=cache)
+        model(ids(20), past_key_values=cache)
     handle.remove()
     with pytest.raises(InputError, match="failed half-way"):
-        model(ids(20), cache=cache)
+        model(ids(20), past_key_values=cache)
     cache.reset()
-    assert torch.equal(model(ids(20), cache=cache).logits, model(ids(20)).logits)
+    assert torch.equal(model(ids(20), past_key_values=cache).logits, model(ids(20)).logits)
 
 
 @pytest.mark.parametrize("budget", [0, 0.0, 1.5, -3, "0MB", "many", True])
@@ -292,16 +298,16 @@ def test_another_model_or_batch() -> None:
     model, other = small_llama(), small_llama(1)
     with Full(model) as cache:
         with pytest.raises(InputError, match="belongs to a LlamaForCausalLM"):
-            other(ids(5), cache=cache)
-        model(ids(5), cache=cache)
+            other(ids(5), past_key_values=cache)
+        model(ids(5), past_key_values=cache)
         with pytest.raises(InputError, match="one cache for one batch"):
-            model(ids(5, batch=2), cache=cache)
+            model(ids(5, batch=2), past_key_values=cache)
         cache.reset()
-        assert torch.equal(model(ids(5), cache=cache).logits, model(ids(5)).logits)
+        assert torch.equal(model(ids(5), past_key_values=cache).logits, model(ids(5)).logits)
     with pytest.raises(InputError, match="is closed"):
-        model(ids(5), cache=cache)
+        model(ids(5), past_key_values=cache)
     open_again = Full(model)
-    assert torch.equal(model(ids(5), cache=open_again).logits, model(ids(5)).logits)
+    assert torch.equal(model(ids(5), past_key_values=open_again).logits, model(ids(5)).logits)
     open_again.close()
     with pytest.raises(InputError, match="layer must be"):
         cache.kept(7, 0)
@@ -326,7 +332,9 @@ def test_left_padding_is_never_kept() -> None:
     with Cache(model, Comb(), Slanted(20)) as cache:
         cache.prefill(text, mask)
         assert min(int(cache.kept(layer, 0, 1).min()) for layer in range(3)) >= 19
-        alone = model(text[1:, 19:], use_cache=True, cache=DynamicCache(config=model.config))
+        alone = model(
+            text[1:, 19:], use_cache=True, past_key_values=DynamicCache(config=model.config)
+        )
     with Full(model) as full:
         logits = full.prefill(text, mask).logits
         torch.testing.assert_close(logits[1, -1], alone.logits[0, -1], atol=1e-5, rtol=0)

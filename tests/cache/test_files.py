@@ -20,7 +20,7 @@ from regard.cache.scorers import H2O, SnapKV
 
 def again(model: Any, cache: Cache) -> torch.Tensor:
     new = torch.tensor([[5, 6, 7]] * cache.held[0].rows.batch)
-    return model(new, cache=cache).logits
+    return model(new, past_key_values=cache).logits
 
 
 @pytest.mark.parametrize("store", [Ragged(growth=0.5), Quantised("fp8", residual=4)], ids=repr)

@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def generate(model: Any, ids: torch.Tensor, cache: Any = None, **more: Any) -> torch.Tensor:
     torch.manual_seed(11)
-    given = {} if cache is None else {"cache": cache}
+    given = {} if cache is None else {"past_key_values": cache}
     return model.generate(ids, max_new_tokens=14, **given, **more)
 
 
@@ -54,14 +54,14 @@ def test_beams_carry_what_they_hold() -> None:
         found = generate(model, ids, cache, num_beams=3, do_sample=False)
         rows.prefill(ids)
         scores, texts = torch.zeros(1), ids
-        logits = model(ids, cache=None).logits[:, -1]
+        logits = model(ids, past_key_values=None).logits[:, -1]
         for _ in range(14):
             total = scores[:, None] + logits.log_softmax(-1)
             best = total.flatten().topk(3)
             parent, token = best.indices // 64, best.indices % 64
             scores, texts = best.values, torch.cat([texts[parent], token[:, None]], 1)
             rows.reorder_cache(parent)
-            logits = model(token[:, None], cache=rows).logits[:, -1]
+            logits = model(token[:, None], past_key_values=rows).logits[:, -1]
     assert torch.equal(found[0], texts[0])
 
 
@@ -142,8 +142,8 @@ def test_evicting_inside_a_window() -> None:
         twin = cache.branch()
         new = padded([7], "left", 5)[0]
         with cache.paused(), twin.paused():
-            at_once = model(new, cache=cache).logits
-            singly = [model(new[:, i : i + 1], cache=twin).logits for i in range(7)]
+            at_once = model(new, past_key_values=cache).logits
+            singly = [model(new[:, i : i + 1], past_key_values=twin).logits for i in range(7)]
     torch.testing.assert_close(at_once, torch.cat(singly, 1), atol=1e-5, rtol=0)
 
 
@@ -158,11 +158,11 @@ def test_the_decoder_of_an_encoder_decoder() -> None:
     untouched = model.generate(ids, max_new_tokens=20, do_sample=False)
     with Full(model) as cache:
         both = EncoderDecoderCache(cache, DynamicCache())
-        found = model.generate(ids, max_new_tokens=20, do_sample=False, cache=both)
+        found = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=both)
         assert torch.equal(found, untouched) and cache.get_seq_length() == 20
         with pytest.raises(InputError, match="EncoderDecoderCache"):
-            model.generate(ids, max_new_tokens=2, cache=cache)
+            model.generate(ids, max_new_tokens=2, past_key_values=cache)
     with Cache(model, Comb(), Uniform(6), every=1) as cache:
         both = EncoderDecoderCache(cache, DynamicCache())
-        model.generate(ids, max_new_tokens=20, do_sample=False, cache=both)
+        model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=both)
         assert [len(cache.kept(layer, 0)) for layer in (0, 1)] == [6, 6]

@@ -37,7 +37,7 @@ NAMED = {
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> list[list[int]]:
-    given = {} if cache is None else {"cache": cache}
+    given = {} if cache is None else {"past_key_values": cache}
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -91,7 +91,7 @@ def test_streaming_exact_counts_positions_in_the_cache(model):
             cache.prefill(text[:, :30])
             bare.clear()
             whole: Any = DynamicCache(config=model.config)
-            model(text[:, :30], cache=whole)
+            model(text[:, :30], past_key_values=whole)
             keys, values = taken(), [layer.values for layer in whole.layers]
 
             for t in range(30, 36):
@@ -104,7 +104,9 @@ def test_streaming_exact_counts_positions_in_the_cache(model):
                     turned = rotary.turn(keys[i], torch.arange(size)[None]).double()
                     counted.update(turned, values[i], i)
                 place = torch.tensor([[size]])
-                wanted = model(text[:, t : t + 1], cache=counted, position_ids=place).logits
+                wanted = model(
+                    text[:, t : t + 1], past_key_values=counted, position_ids=place
+                ).logits
                 new = taken()
                 found = cache.prefill(text[:, t : t + 1]).logits
                 bare.clear()

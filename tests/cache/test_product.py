@@ -82,7 +82,7 @@ def _call(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None, positions:
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions.clamp(min=0),
-        cache=cache,
+        past_key_values=cache,
         use_cache=True,
     )
 

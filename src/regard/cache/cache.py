@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin
 
 from regard._errors import InputError
 from regard.attach.hold import hold
@@ -161,6 +162,11 @@ class Cache(TransformersCache):
     def held(self) -> list[Layer]:
         """The layers that hold keys of their own, in the model's order."""
         return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers hold a recurrent state and no keys; transformers 5.23 counts those that hold both among them."""
+        return [not isinstance(layer, CacheLayerMixin) for layer in self.layers]
 
     def memory(self) -> int:
         """Bytes held now, by the size of the buffers: free slots, positions and the scorer's statistics included."""

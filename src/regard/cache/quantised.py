@@ -125,7 +125,12 @@ class QuantisedRows(Rows):
 
     def _segment(self, packed: dict[str, Tensor]) -> Segment:
         like = packed["key"]
-        self.coder.keys = like.new_empty(0)  # where the coder looks for device and dtype
+        # where the coder looks for device and dtype: on its keys, or on itself before transformers 5.24
+        self.coder.keys, self.coder.dtype, self.coder.device = (
+            like.new_empty(0),
+            like.dtype,
+            like.device,
+        )
         quantise = self.coder._quantize
         arguments = () if self.store.backend == "fp8" else (0,)
         key, value = (quantise(packed[name][None, None], *arguments) for name in PAIR)
