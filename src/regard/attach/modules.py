@@ -24,9 +24,17 @@ class HookedAttention(nn.Module):
         causal: bool | None = None,
         scaling: float | None = None,
         valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
     ) -> Tensor:
-        """Attention through the engine: `[batch, heads, tokens, dim]` in, the head outputs in the same layout out."""
+        """Attention through the engine: `[batch, heads, tokens, dim]` in, the head outputs in the same layout out.
+
+        `valid` and `key_valid` mark the queries and keys that are no padding, for what reads attention; hiding padding is
+        the mask's work. Without `key_valid` the keys are the queries' own tokens.
+        """
         causal = self.is_causal if causal is None else causal
+        queries, keys = query.shape[2], key.shape[2]
+        if key_valid is None and keys == queries:
+            key_valid = valid
         call = AttentionCall.make(
             query,
             key,
@@ -36,6 +44,7 @@ class HookedAttention(nn.Module):
             scaling=scaling,
             module=self,
             valid=valid,
-            key_valid=valid,
+            key_valid=key_valid,
+            query_offset=max(keys - queries, 0) if causal else 0,
         )
         return dispatch(self, call)

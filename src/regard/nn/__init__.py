@@ -3,5 +3,18 @@
 from __future__ import annotations
 
 from regard.nn.boundary_predictor import BoundaryPredictor
+from regard.nn.language_model import LanguageModel, LanguageModelConfig
+from regard.nn.mixer import Mixer
+from regard.nn.mixers import MIXERS, make_mixer
+from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
-__all__ = ["BoundaryPredictor"]
+__all__ = [
+    "MIXERS",
+    "BoundaryPredictor",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "Mixer",
+    "SlidingWindowAttention",
+    "SoftmaxAttention",
+    "make_mixer",
+]

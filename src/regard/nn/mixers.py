@@ -1,0 +1,34 @@
+"""The mixers that a language model can be made of, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from regard._errors import InputError, nearest
+from regard.nn.mixer import Mixer
+from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
+
+MIXERS: dict[str, Callable[..., Mixer]] = {
+    "sliding": SlidingWindowAttention,
+    "softmax": SoftmaxAttention,
+}
+"""Each makes a mixer from `(width, heads, **options)`."""
+
+
+def make_mixer(name: str, width: int, heads: int, **options: object) -> Mixer:
+    """A mixer by name: `make_mixer("sliding", 128, 4, window=32)`.
+
+    Raises:
+        InputError: an unknown name, or an option that this mixer does not take.
+    """
+    if name not in MIXERS:
+        raise InputError.of(
+            "mixer",
+            given=name,
+            expected=f"one of {', '.join(sorted(MIXERS))}",
+            fix=nearest(name, MIXERS),
+        )
+    try:
+        return MIXERS[name](width, heads, **options)
+    except TypeError as error:
+        raise InputError(f"mixer {name!r}: {error}") from error
