@@ -62,13 +62,21 @@ def main() -> None:
     parser.add_argument("--peer-python", help="an interpreter with transformer-lens and nnsight")
     parser.add_argument("--peer-lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "observe.json")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what the file has of other lengths and methods"
+    )
     given = parser.parse_args()
     path, ours = model_directory(), sys.executable
     common = {"path": path, "threads": given.threads}
     rows: list[dict[str, Any]] = []
+    if given.keep and given.out.is_file():
+        rows = json.loads(given.out.read_text())["rows"]
 
     def note(row: dict[str, Any]) -> None:
+        same = ("length", "method")
+        rows[:] = [old for old in rows if any(old[key] != row[key] for key in same)]
         rows.append(row)
+        rows.sort(key=lambda one: one["length"])
         print(json.dumps(row), flush=True)
 
     for length in given.lengths:

@@ -34,9 +34,10 @@ from regard.bench.results import FULL, Results, Row
 from regard.bench.scoring import agreement, answers, continuation
 from regard.bench.store import Store
 from regard.cache import Cache, scorers
-from regard.cache.budgets import CakePreference, Calibrated, Global, Uniform
+from regard.cache.budgets import Ada, CakePreference, Calibrated, Global, Pyramid, Uniform
 from regard.cache.calibration import Calibration, calibrate
 from regard.cache.reconstruction import reconstruct
+from regard.metrics import bootstrap
 from regard.texts import sources
 
 HERE = Path(__file__).parent / "results"
@@ -82,7 +83,12 @@ def methods(
     both, code = held["calibrated"], held["calibrated-code"]
     yield "random", controls.chance(*shape, tokens), Uniform
     yield "streaming", scorers.Streaming(), Uniform
-    yield "snapkv", scorers.SnapKV(), Uniform
+    yield "key norm", scorers.KeyNorm(), Uniform
+    yield "tova", scorers.TOVA(), Uniform
+    snapkv = scorers.SnapKV()
+    yield "snapkv", snapkv, Uniform
+    yield "pyramid", snapkv, Pyramid
+    yield "snapkv, by head", snapkv, Ada
     yield "cake", scorers.CAKE(), CakePreference
     h2o, sampled, expected = scorers.H2O(), scorers.H2O(sample=8), scorers.ExpectedAttention()
     yield "h2o", h2o, Uniform
@@ -90,6 +96,7 @@ def methods(
     yield "h2o+calibrated on code", h2o, lambda size: Calibrated(size, code)
     yield "h2o sampled+calibrated", sampled, lambda size: Calibrated(size, both)
     yield "expected", expected, Uniform
+    yield "expected, by head", expected, Ada
     yield "expected+calibrated", expected, lambda size: Calibrated(size, both)
     peaks = reconstruct(model, exam.context[None], cache=prefill.full)
     yield "kvzip", controls.Given(table=peaks), Global
@@ -211,7 +218,7 @@ def table() -> None:
         )  # fmt: skip
     result = {
         "what": __doc__.split("\n\n")[0].partition(": ")[2],
-        "length": LENGTH, "documents": sorted({row.document for row in found.rows}), "texts": sources(),
+        "length": LENGTH, "peer": peer(), "documents": sorted({row.document for row in found.rows}), "texts": sources(),
         "versions": {"regard": regard.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()}, "settings": lines,
     }  # fmt: skip
@@ -224,6 +231,38 @@ def table() -> None:
             f"lost {line['needle_lost']['mean']:6.3f} [{low}, {high}] "
             f"kl {line['kl']['mean']:.4f} copy {line['lost']['copy']['mean']:.3f} bytes {line['bytes_ratio']:.3f}"
         )
+
+
+def peer() -> dict[str, Any] | None:
+    """What `benchmarks.peer_kvpress` measured on the same documents, each method against its own full cache."""
+    path = HERE / "kvpress.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    by_document: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        by_document.setdefault(row["document"], {})[row["method"]] = row
+    lines, failed = [], {}
+    for method in next(iter(by_document.values())):
+        if method == FULL:
+            continue
+        rows = [(own[FULL], own[method]) for own in by_document.values()]
+        broken = [one["failed"] for _, one in rows if "failed" in one]
+        if broken:
+            failed[method] = broken[0]
+            continue
+        estimate = bootstrap([plain["needle"] - one["needle"] for plain, one in rows])
+        middle = {
+            name: round(statistics.median(one[name] for _, one in rows), 4)
+            for name in ("bytes", "prefill", "decode")
+        }
+        lines.append({"method": method, "needle_lost": spread(estimate), **middle})
+    return {
+        "versions": found["versions"],
+        "budget": found["budget"],
+        "lines": lines,
+        "failed": failed,
+    }
 
 
 def spread(estimate: Any) -> dict[str, float | None]:

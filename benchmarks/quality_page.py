@@ -11,13 +11,18 @@ TITLES = {
     FULL: "full cache",
     "random": "random keys",
     "streaming": "StreamingLLM",
+    "key norm": "key norm",
+    "tova": "TOVA",
     "snapkv": "SnapKV",
+    "pyramid": "PyramidKV",
+    "snapkv, by head": "SnapKV, AdaKV's budgets",
     "cake": "CAKE",
     "h2o": "H2O",
     "h2o+calibrated": "H2O, calibrated",
     "h2o+calibrated on code": "H2O, calibrated on code alone",
     "h2o sampled+calibrated": "H2O from 1 row in 8, calibrated",
     "expected": "Expected Attention",
+    "expected, by head": "Expected Attention, AdaKV's budgets",
     "expected+calibrated": "Expected Attention, calibrated",
     "kvzip": "KVzip",
     "oracle": "oracle: the planted sentences",
@@ -43,6 +48,16 @@ The loss is tested by the upper end of its interval.
 
 | method | loss | prefill | memory |
 |---|---|---|---|"""
+PEER = """
+## Beside kvpress
+
+The same documents, questions and methods under kvpress {kvpress} with transformers {transformers} (what it supports), at
+{budget:.0%} kept. Each side is compared with its own full cache. *Bytes* are those of the keys and values that a cache holds
+afterwards; *prefill* and *decode* are CPU time of one thread over transformers' own cache in the same process, medians over
+documents. kvpress hides what a budget by head drops instead of freeing it.
+
+| method | lost, kvpress | lost, regard | bytes, kvpress | bytes, regard | prefill, kvpress | prefill, regard | decode, kvpress |
+|---|---|---|---|---|---|---|---|"""
 LIMITS = """
 What is planted takes a fifth of a context, so at 10 % the oracle cannot keep all of it. Limits: one model, one kind of needle,
 one length; the model's own answers with the full cache are the reference, not the truth. The form of the question was chosen
@@ -75,7 +90,41 @@ def page(result: dict[str, Any]) -> str:
                 _verdict(line["bytes_ratio"], 0.21),
             )
             lines.append(f"| {TITLES[line['method']]} | {' | '.join(cells)} |")
+    if result["peer"] is not None:
+        lines += _peer(result)
     return "\n".join([*lines, LIMITS])
+
+
+def _peer(result: dict[str, Any]) -> list[str]:
+    """The table beside kvpress, and what failed there."""
+    peer = result["peer"]
+    ours = {
+        one["method"]: one for one in result["settings"] if one["budget"] == str(peer["budget"])
+    }
+    lines = [PEER.format(budget=peer["budget"], **peer["versions"])]
+    for line in peer["lines"]:
+        own = ours.get(line["method"])
+        if own is None:
+            continue
+        ratio = own["prefill_ratio"]
+        cells = (
+            TITLES[line["method"]],
+            _loss(line["needle_lost"]),
+            _loss(own["needle_lost"]),
+            f"{line['bytes']:.3f}",
+            f"{own['bytes_ratio']:.3f}",
+            f"{line['prefill']:.2f} x",
+            "" if ratio is None else f"{ratio:.2f} x",
+            f"{line['decode']:.2f} x",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    for method, error in peer["failed"].items():
+        lines.append(f"\n{TITLES[method]} failed there: `{error}`")
+    return lines
+
+
+def _loss(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.3f} [{spread['low']:.3f}, {spread['high']:.3f}]"
 
 
 def _row(line: dict[str, Any]) -> str:

@@ -13,8 +13,10 @@ import torch
 import regard
 from fixtures_models import tiny_llama
 from regard._errors import AttachError, InputError, ModelError, OutputError
+from regard.cache import H2O
+from regard.engine import Block, Method
 from regard.instruments.sinks import Sinks
-from regard.report.budget import ForgetKeys, budget, kept_by_mass
+from regard.report.budget import budget
 from regard.report.collect import report
 from regard.report.reading import _pool
 
@@ -143,32 +145,55 @@ def test_an_interrupt_restores_the_model_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_forgetting_hides_exactly_the_unkept_prefix_keys_from_later_queries(model: Any) -> None:
-    ids = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(0))
-    kept = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) > 0.5
-    kept[:, 0] = True
-    with torch.no_grad(), regard.attach(model, ForgetKeys({0: kept[0], 1: kept[0]})):
-        ours = model(input_ids=ids).logits
-    visible = torch.ones(24, 24).tril().bool()
-    visible[16:, :16] &= kept[0]
-    with torch.no_grad():
-        theirs = model(input_ids=ids, attention_mask=visible[None, None]).logits
-    assert (ours - theirs).abs().max() < 1e-5
-
-
-def test_budget_of_everything_costs_nothing(model: Any) -> None:
+def test_the_budget_is_what_a_cache_holds(model: Any) -> None:
     ids = torch.randint(0, 320, (1, 160), generator=torch.Generator().manual_seed(0))
-    mass = np.random.default_rng(0).random((2, 160))
+    mass = np.random.default_rng(0).random((2, 4, 160))
     found = budget(model, ids, mass)
     assert [level.fraction for level in found.levels] == [0.1, 0.2, 0.5]
-    assert all(
-        level.delta is not None and level.low <= level.delta <= level.high for level in found.levels
-    )
     assert found.bytes_per_token == 2 * 2 * 2 * 16 * 4
-    assert kept_by_mass(mass, 1.0).all()
-    assert (kept_by_mass(mass, 0.1).sum(1) == 16).all()
-    kept = kept_by_mass(mass, 0.5)
-    assert (np.where(kept, mass, np.inf).min(1) >= np.where(~kept, mass, -np.inf).max(1)).all()
+    for level in found.levels:
+        assert level.low <= level.delta <= level.high
+        with H2O(model, budget=level.fraction) as cache:
+            cache.prefill(ids)
+            held = np.zeros((2, 2, 160), dtype=bool)
+            for layer in range(2):
+                for head in range(2):
+                    held[layer, head, cache.kept(layer, head)] = True
+        assert held.sum(-1).tolist() == [[round(level.fraction * 160)] * 2] * 2
+        np.testing.assert_array_equal(level.kept, held.mean(1))
+        expected = (mass * held.repeat(2, axis=1)).sum((1, 2)) / mass.sum((1, 2))
+        np.testing.assert_allclose(level.retained, expected)
+
+
+def test_the_cost_is_that_of_hidden_keys(model: Any) -> None:
+    """Against the untouched model with the forgotten keys masked, head by head, in every later row."""
+    ids = torch.randint(0, 320, (1, 160), generator=torch.Generator().manual_seed(3))
+    found = budget(model, ids, np.ones((2, 4, 160)))
+    prefix = 120
+    with H2O(model, budget=0.2) as cache:
+        cache.prefill(ids[:, :prefix])
+        kept = [[cache.kept(layer, head) for head in range(2)] for layer in range(2)]
+
+    class Hide(Method):
+        def scores(self, block: Block) -> torch.Tensor | None:
+            scores = block.scores.clone()
+            for head in range(4):
+                gone = torch.ones(160, dtype=torch.bool)
+                gone[kept[block.site.layer][head // 2]] = False
+                gone[prefix:] = False
+                rows = (block.positions >= prefix)[:, None]
+                scores[:, head].masked_fill_(rows & gone[block.keys], float("-inf"))
+            return scores
+
+    def losses() -> torch.Tensor:
+        logits = model(ids[:, :-1]).logits[0, prefix:].float()
+        return torch.nn.functional.cross_entropy(logits, ids[0, prefix + 1 :], reduction="none")
+
+    with torch.no_grad():
+        plain = losses()
+        with regard.attach(model, Hide()):
+            change = (losses() - plain).mean()
+    assert found.levels[1].delta == pytest.approx(float(change), abs=1e-5)
 
 
 def test_pooling() -> None:

@@ -1,66 +1,99 @@
-"""What a key-value budget would keep, and what forgetting the rest costs, measured.
+"""What a key-value budget keeps, and what forgetting the rest costs: `regard.cache.H2O` on the text itself.
 
-Keys are ranked by the attention they received, layer by layer (the H2O score with a uniform budget over layers). For the cost,
-the first part of the text is the cache: its keys are ranked by what its own queries paid them, the unkept ones are hidden from
-every later token, and the loss of the later tokens is compared with the untouched model.
+One prefill with a full cache that H2O watches; branches of it are cut to each budget, and what they hold is read from
+`cache.kept(layer, head)`. For the cost, the same with the first three quarters of the text as context: the loss of the tokens
+after it with each cut cache is compared with the loss under the full one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.attach import Session
-from regard.engine import Block, Method
-from regard.instruments.observe import model_inputs
-from regard.instruments.sinks import Sinks
+from regard.cache import Cache, scorers
+from regard.cache.budgets import Uniform
+from regard.cache.models import cache_argument
 from regard.report.schema import Budget, BudgetLevel
 
 FRACTIONS = (0.1, 0.2, 0.5)
+EXACT_BELOW = 4096
+"""Tokens up to which H2O sees every query row; above, one in 8."""
+MEASURED = 1024
+"""Tokens of the text on which the cost is measured."""
 
 
-class ForgetKeys(Method):
-    """Hides the unkept keys of a prefix from every query after it. `kept`: for each layer `[prefix]`, True = kept."""
+def budget(
+    model: nn.Module,
+    ids: Tensor,
+    mass: Float[np.ndarray, "layers heads tokens"],
+    *,
+    measured: bool = True,
+) -> Budget:
+    """The page's budget panel.
 
-    def __init__(self, kept: dict[int, Tensor]) -> None:
-        self.kept = kept
+    Args:
+        model: a decoder that takes a cache.
+        ids: `[1, tokens]`.
+        mass: attention that each key received from each head, summed over queries.
 
-    def scores(self, block: Block) -> Tensor | None:
-        site = block.site
-        if site.stack or site.kind != "self" or site.layer not in self.kept:
-            return None
-        kept = self.kept[site.layer]
-        later = block.positions >= len(kept)
-        if not bool(later.any()):
-            return None
-        lo, hi = block.keys.start, min(block.keys.stop, len(kept))
-        if hi <= lo:
-            return None
-        hidden = later[:, None] & ~kept[lo:hi]
-        hidden = torch.nn.functional.pad(hidden, (0, block.keys.stop - hi))
-        return block.scores.masked_fill(hidden, torch.finfo(block.scores.dtype).min)
+    Raises:
+        InputError, AttachError: a model whose cache cannot forget.
+    """
+    levels = []
+    with torch.inference_mode(), watched(model, ids) as cache:
+        for fraction in FRACTIONS:
+            with cut(cache, fraction) as held:
+                kept = kept_positions(held, ids.shape[1])
+            levels.append(BudgetLevel(fraction, kept.mean(1), retained(mass, kept)))
+    if measured and ids.shape[1] >= 128:
+        _measure(model, ids[:, :MEASURED], levels)
+    return Budget("H2O, the same budget for every KV head", levels, _bytes(model))
 
 
-def kept_by_mass(mass: np.ndarray, fraction: float) -> np.ndarray:
-    """`[layers, tokens]` True for the `fraction` of the keys with the largest mass in each layer."""
-    count = max(1, round(fraction * mass.shape[1]))
-    kept = np.zeros(mass.shape, dtype=bool)
-    np.put_along_axis(kept, np.argsort(-mass, axis=1)[:, :count], True, axis=1)
+@contextmanager
+def watched(model: nn.Module, ids: Tensor) -> Iterator[Cache]:
+    """A cache that has read the text and kept everything, with H2O's scores of it."""
+    scorer = scorers.H2O() if ids.shape[1] <= EXACT_BELOW else scorers.H2O(sample=8)
+    with Cache(model, scorer, Uniform(1.0)) as cache:
+        with cache.paused():
+            cache.prefill(ids)
+        yield cache
+
+
+@contextmanager
+def cut(cache: Cache, fraction: float) -> Iterator[Cache]:
+    """A branch cut to a fraction of the tokens, which forgets nothing more."""
+    with cache.branch() as twin:
+        twin.budget = Uniform(fraction)
+        twin.compress()
+        twin.scorer = twin.budget = None
+        yield twin
+
+
+def kept_positions(cache: Cache, tokens: int) -> Bool[np.ndarray, "layers kv_heads tokens"]:
+    """What each KV head of a cache still holds."""
+    layers = cache.held
+    heads = max(layer.rows.heads for layer in layers if layer.rows is not None)
+    kept = np.zeros((len(layers), heads, tokens), dtype=bool)
+    for index, layer in enumerate(layers):
+        for head in range(heads):
+            kept[index, head, cache.kept(layer.index, head).numpy()] = True
     return kept
 
 
-def budget(model: nn.Module, ids: Tensor, mass: np.ndarray, *, measured: bool = True) -> Budget:
-    """The page's budget panel. `mass` `[layers, tokens]`: attention received by each key, summed over heads and queries."""
-    levels = []
-    for fraction in FRACTIONS:
-        kept = kept_by_mass(mass, fraction)
-        levels.append(BudgetLevel(fraction, kept, (mass * kept).sum(1) / mass.sum(1)))
-    if measured and ids.shape[1] >= 128:
-        _measure(model, ids[:, :1024], levels)
-    return Budget("received mass (H2O score, same budget in every layer)", levels, _bytes(model))
+def retained(
+    mass: Float[np.ndarray, "layers heads tokens"],
+    kept: Bool[np.ndarray, "layers kv_heads tokens"],
+) -> Float[np.ndarray, " layers"]:
+    """Share of each layer's attention that falls on positions its heads keep."""
+    grouped = kept.repeat(mass.shape[1] // kept.shape[1], axis=1)
+    return (mass * grouped).sum((1, 2)) / mass.sum((1, 2))
 
 
 def _bytes(model: nn.Module) -> int | None:
@@ -75,28 +108,25 @@ def _bytes(model: nn.Module) -> int | None:
     return 2 * layers * heads * width * next(model.parameters()).element_size()
 
 
-def _losses(model: nn.Module, ids: Tensor, prefix: int, *methods: Method) -> Tensor:
-    """Loss of each token after the first `prefix` + 1, nats."""
-    inputs = model_inputs(model, ids, logits=ids.shape[1] - prefix)
-    with torch.inference_mode(), Session(model, *methods):
-        logits = model(**inputs).logits[0, -(ids.shape[1] - prefix) : -1].float()
-    return torch.nn.functional.cross_entropy(logits, ids[0, prefix + 1 :], reduction="none")
+def _losses(model: nn.Module, cache: Cache, rest: Tensor) -> Tensor:
+    """Loss of each token of `rest` but the first, read on top of a cache, nats."""
+    logits = model(rest[:, :-1], **{cache_argument(model): cache}).logits[0].float()
+    return torch.nn.functional.cross_entropy(logits, rest[0, 1:], reduction="none")
 
 
 def _measure(model: nn.Module, ids: Tensor, levels: list[BudgetLevel]) -> None:
     prefix = ids.shape[1] * 3 // 4
-    sinks = Sinks()
-    with torch.inference_mode(), Session(model, sinks):
-        model(**model_inputs(model, ids[:, :prefix]))
-    mass = sinks.mass().tensor()[..., :prefix].nansum(1).numpy()
-    plain = _losses(model, ids, prefix)
-    for level in levels:
-        kept = kept_by_mass(mass, level.fraction)
-        forget = ForgetKeys({layer: torch.from_numpy(row) for layer, row in enumerate(kept)})
-        change = _losses(model, ids, prefix, forget) - plain
-        level.delta = float(change.mean())
-        parts = torch.stack([part.mean() for part in change.split(16)])
-        picks = torch.randint(
-            len(parts), (2000, len(parts)), generator=torch.Generator().manual_seed(0)
-        )
-        level.low, level.high = parts[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    rest = ids[:, prefix:]
+    with torch.inference_mode(), watched(model, ids[:, :prefix]) as cache:
+        with cut(cache, 1.0) as everything:
+            plain = _losses(model, everything, rest)
+        for level in levels:
+            with cut(cache, level.fraction) as held:
+                change = _losses(model, held, rest) - plain
+            level.delta = float(change.mean())
+            parts = torch.stack([part.mean() for part in change.split(16)])
+            draws = torch.Generator().manual_seed(0)
+            picks = torch.randint(len(parts), (2000, len(parts)), generator=draws)
+            level.low, level.high = (
+                parts[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+            )

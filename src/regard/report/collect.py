@@ -183,8 +183,11 @@ def _static(
 
         def section() -> None:
             sinks: Any = reading.instruments["Sinks"]
-            mass = sinks.mass().tensor(main.name)[..., : ids.shape[1]].nansum(1).numpy()
+            mass = sinks.mass().tensor(main.name)[..., : ids.shape[1]].nan_to_num().numpy()
             main.budget = budget(model, ids, mass)
+            fifth = next(level for level in main.budget.levels if level.fraction == 0.2)
+            if main.sequence is not None:
+                main.sequence.kept = fifth.kept.mean(0)
 
         _optional(limits, "Key-value budget", section)
 

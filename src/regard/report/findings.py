@@ -149,13 +149,11 @@ def _budget(stack: Stack, command: str) -> Finding | None:
         return None
     level = next((lv for lv in stack.budget.levels if lv.fraction == 0.2), stack.budget.levels[0])
     held = float(level.retained.mean())
-    sentence = (
-        f"The {level.fraction:.0%} of the keys that receive most hold {held:.0%} of the attention"
-    )
+    sentence = f"In each KV head, the {level.fraction:.0%} of the keys that H2O keeps hold {held:.0%} of the attention"
     layer = int(level.retained.argmin())
     sentence += f" ({float(level.retained[layer]):.0%} in layer {layer}, the least)."
     if level.delta is not None:
-        sentence += f" Hiding the rest from later tokens changes their loss by {level.delta:+.3f} nats a token."
+        sentence += f" Forgetting the rest changes the loss of later tokens by {level.delta:+.3f} nats a token."
         if stack.budget.bytes_per_token:
             saved = stack.budget.bytes_per_token * (1 - level.fraction) / 1024
             sentence += f" It would save {saved:.0f} KiB of cache a token."
@@ -173,7 +171,7 @@ def _budget(stack: Stack, command: str) -> Finding | None:
         "good" if cheap else "info",
         "What a key-value budget keeps",
         sentence,
-        "Keys ranked by received attention in each layer; the loss is measured on the last quarter of at most 1,024 tokens.",
+        "regard.cache.H2O, the same budget for every KV head; the loss is measured on the last quarter of at most 1,024 tokens.",
         command,
         evidence,
         panel="budget",

@@ -237,6 +237,7 @@ def text_strip(stack: Stack, index: int) -> str:
         return ""
     options = [("received", "Received")]
     named = (("fai", "FAI"), ("waad", "WAAD"), ("entropy", "Entropy"), ("surprisal", "Surprisal"))
+    named += (("kept", "Kept at 20 %"),)
     options += [(k, label) for k, label in named if getattr(sequence, k) is not None]
     radios = "".join(
         f'<button type="button" role="radio" aria-checked="{"true" if i == 0 else "false"}" '
@@ -460,8 +461,14 @@ def budget(stack: Stack, index: int) -> str:
         f'<div class="chips" role="radiogroup" aria-label="Budget">{radios}</div></div>'
         '<canvas class="kept" role="img" aria-label="Positions kept: layers downwards, text to the '
         'right"></canvas>'
-        + legend(("", "Text to the right, layers downwards; dark is kept."))
-        + f'</div></div><div class="abouts">{about(definition("retained"))}</div>'
+        + legend(
+            (
+                "",
+                "Text to the right, layers downwards; the darker, the more KV heads hold it. "
+                "The text above can be shaded by what is kept at 20 %.",
+            )
+        )
+        + f'</div></div><div class="abouts">{about(definition("retained"))}{about(definition("kept"))}</div>'
     )
-    lead = f"What a smaller key-value cache would hold on to, keys chosen by {escape(plan.scorer)}."
+    lead = f"What a smaller key-value cache would hold on to, keys chosen by {escape(plan.scorer)} (regard.cache)."
     return section("budget", index, lead, body)

@@ -186,6 +186,7 @@ def _sequence(sequence: Sequence, block: Bytes, detail: Detail) -> dict[str, Any
         ("waad", "WAAD", "tokens", "linear"),
         ("entropy", "Norm. entropy", "share", "linear"),
         ("surprisal", "Surprisal", "nats", "linear"),
+        ("kept", "Kept", "share", "linear"),
     ):
         values = getattr(sequence, key)
         if values is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 SCHEMA_VERSION = 1
 
@@ -139,7 +139,8 @@ class Sequence:
     """Numbers along the input. `tokens` are decoded strings (empty for an input that is not text).
 
     `received` is the mean weight a token gets from the queries that can see it, averaged over
-    layers and heads; `received_by_layer` the same for each layer. `sinks`, `anchors` and
+    layers and heads; `received_by_layer` the same for each layer. `kept` is the share of all KV heads
+    that hold the token in a cache of a fifth of the text. `sinks`, `anchors` and
     `peaks` are token positions (attention sinks, FAI anchors, WAAD peaks). `grid` is (rows,
     columns) of an image's patches.
     """
@@ -151,6 +152,7 @@ class Sequence:
     fai: Float[np.ndarray, " tokens"] | None = None
     entropy: Float[np.ndarray, " tokens"] | None = None
     surprisal: Float[np.ndarray, " tokens"] | None = None
+    kept: Float[np.ndarray, " tokens"] | None = None
     sinks: list[int] = field(default_factory=list)
     anchors: list[int] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
@@ -279,13 +281,13 @@ class DomainTable:
 class BudgetLevel:
     """What a key-value cache of `fraction` of the tokens would keep, layer by layer.
 
-    `kept` marks the positions, `retained` is the share of attention mass on kept positions.
+    `kept` is the share of a layer's KV heads that hold a position, `retained` the share of attention mass on what its heads hold.
     `delta` is the measured change of loss (nats per token) with its interval, when it was
     measured.
     """
 
     fraction: float
-    kept: Bool[np.ndarray, "layers tokens"]
+    kept: Float[np.ndarray, "layers tokens"]
     retained: Float[np.ndarray, " layers"]
     delta: float | None = None
     low: float | None = None
