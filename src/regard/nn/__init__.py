@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from regard.nn.aaren import Aaren
 from regard.nn.boundary_predictor import BoundaryPredictor
+from regard.nn.flow_attention import BidirectionalFlowAttention, FlowAttention
 from regard.nn.language_model import LanguageModel, LanguageModelConfig
+from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
 from regard.nn.mixers import MIXERS, make_mixer
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
 __all__ = [
     "MIXERS",
+    "Aaren",
+    "BidirectionalFlowAttention",
     "BoundaryPredictor",
+    "FlowAttention",
     "LanguageModel",
     "LanguageModelConfig",
+    "LinearAttention",
     "Mixer",
     "SlidingWindowAttention",
     "SoftmaxAttention",

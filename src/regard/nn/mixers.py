@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from regard._errors import InputError, nearest
+from regard.nn.aaren import Aaren
+from regard.nn.flow_attention import FlowAttention
+from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
+    "aaren": Aaren,
+    "flow": FlowAttention,
+    "linear": LinearAttention,
     "sliding": SlidingWindowAttention,
     "softmax": SoftmaxAttention,
 }

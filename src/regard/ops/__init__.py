@@ -1,5 +1,6 @@
 """Pure functions of tensors: no parameters, no model, differentiable where their mathematics is."""
 
+from regard.ops.attention_scan import Attended, attention_scan, attention_scan_step, merge_attention
 from regard.ops.attention_statistics import (
     attention_rows,
     received_attention,
@@ -14,15 +15,32 @@ from regard.ops.eviction import (
     layer_preference,
 )
 from regard.ops.expected_attention import expected_attention
+from regard.ops.flow_attention import (
+    causal_flow_attention,
+    conserved_flows,
+    flow_attention,
+    flow_attention_step,
+)
+from regard.ops.linear_attention import causal_linear_attention, linear_attention
 
 __all__ = [
+    "Attended",
     "allocate_layer_budgets",
     "attention_dispersion",
     "attention_rows",
+    "attention_scan",
+    "attention_scan_step",
     "attention_shift",
+    "causal_flow_attention",
+    "causal_linear_attention",
+    "conserved_flows",
     "eviction_score",
     "expected_attention",
+    "flow_attention",
+    "flow_attention_step",
     "layer_preference",
+    "linear_attention",
+    "merge_attention",
     "pyramid_budgets",
     "received_attention",
     "sampled_rows",
