@@ -10,7 +10,13 @@ from regard.nn import MIXERS, make_mixer
 from regard.nn.mixer import Mixer
 
 WIDTH, HEADS, TOKENS = 32, 4, 37
-OPTIONS: dict[str, dict[str, object]] = {"sliding": {"window": 8}}
+OPTIONS: dict[str, dict[str, object]] = {
+    "memory": {"chunk": 4},
+    "memory_as_context": {"segment": 8, "chunk": 4},
+    "memory_as_gate": {"window": 8, "chunk": 4},
+    "memory_as_layer": {"window": 8, "chunk": 4},
+    "sliding": {"window": 8},
+}
 NAMES = sorted(MIXERS)
 
 

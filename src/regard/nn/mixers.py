@@ -6,15 +6,23 @@ from collections.abc import Callable
 
 from regard._errors import InputError, nearest
 from regard.nn.aaren import Aaren
+from regard.nn.delta_rule import DeltaRule
 from regard.nn.flow_attention import FlowAttention
 from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
+from regard.nn.neural_memory import NeuralMemory
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
+from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
     "aaren": Aaren,
     "flow": FlowAttention,
     "linear": LinearAttention,
+    "delta": DeltaRule,
+    "memory": NeuralMemory,
+    "memory_as_context": MemoryAsContext,
+    "memory_as_gate": MemoryAsGate,
+    "memory_as_layer": MemoryAsLayer,
     "sliding": SlidingWindowAttention,
     "softmax": SoftmaxAttention,
 }
