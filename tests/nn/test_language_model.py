@@ -10,14 +10,20 @@ import torch
 import regard
 from regard._errors import InputError
 from regard.instruments import Entropy
-from regard.nn import MIXERS, LanguageModel, LanguageModelConfig
+from regard.nn import MIXERS, DeconstructedLanguageModel, LanguageModel, LanguageModelConfig
 
 LISTS = [[name] for name in sorted(MIXERS)] + [["softmax", ["sliding", {"window": 4}]]]
+
+GIVEN_QK = {"random_qk", "fixed_text_qk", "static_qk"}
+"""Mixers that need a model which gives them what queries and keys are made of."""
 
 
 def build(mixers: list[object], **more: object) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(
+    kind = LanguageModel
+    if set(map(str, mixers)) & GIVEN_QK:
+        kind, more = DeconstructedLanguageModel, {"fixed_text": list(range(40)), **more}
+    return kind(
         LanguageModelConfig(
             vocab_size=50, hidden_size=32, num_hidden_layers=2, mixers=mixers, **more
         )
@@ -60,7 +66,7 @@ def test_searches_with_beams(model: LanguageModel) -> None:
 def test_saves_and_loads(model: LanguageModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
-    again = LanguageModel.from_pretrained(tmp_path).eval()
+    again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids(1, 8)).logits, model(ids(1, 8)).logits)
 
 

@@ -7,6 +7,7 @@ from regard.instruments.base import (
     SeriesInstrument,
     TokenMeasure,
 )
+from regard.instruments.between_heads import HeadDivergence, js_divergence_between_heads
 from regard.instruments.causal import CausalTwin, causal_twin
 from regard.instruments.distance import WAAD, Distance
 from regard.instruments.domains import DomainSensitivity, Dormancy, domain_sensitivity
@@ -43,6 +44,7 @@ __all__ = [
     "DuplicateToken",
     "Entropy",
     "FutureInfluence",
+    "HeadDivergence",
     "HeadImportance",
     "HeadMeasure",
     "HeadOutputNorms",
@@ -76,6 +78,7 @@ __all__ = [
     "dormant_heads",
     "dose_response",
     "head_importance",
+    "js_divergence_between_heads",
     "mean_outputs",
     "norm_report",
     "observe",

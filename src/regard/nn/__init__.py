@@ -4,14 +4,38 @@ from __future__ import annotations
 
 from regard.nn.aaren import Aaren
 from regard.nn.boundary_predictor import BoundaryPredictor
+from regard.nn.deconstructed import (
+    FixedTextQKAttention,
+    NoMixing,
+    RandomQKAttention,
+    SelfGatedAttention,
+    StaticQKAttention,
+    TaylorAttention,
+)
+from regard.nn.deconstructed_model import (
+    DeconstructedLanguageModel,
+    replaced,
+    without_layers,
+)
 from regard.nn.delta_rule import DeltaRule
+from regard.nn.dynamic_mask_attention import DynamicMaskAttention, LinearDynamicMaskAttention
 from regard.nn.flow_attention import BidirectionalFlowAttention, FlowAttention
 from regard.nn.language_model import LanguageModel, LanguageModelConfig
 from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
 from regard.nn.mixers import MIXERS, make_mixer
+from regard.nn.mixture_of_heads import MixtureOfHeads
 from regard.nn.neural_memory import NeuralMemory
+from regard.nn.routing_attention import RoutingAttention, WholeTextRoutingAttention
+from regard.nn.sigma_reparam import SigmaReparamConv2d, SigmaReparamLinear
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
+from regard.nn.softmax_only import (
+    EntropyRegularizer,
+    RowEntropyRegularizer,
+    ScaledFusedFFN,
+    SoftmaxOnlyBlock,
+    TemperatureAttention,
+)
 from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 __all__ = [
@@ -19,17 +43,38 @@ __all__ = [
     "Aaren",
     "BidirectionalFlowAttention",
     "BoundaryPredictor",
-    "FlowAttention",
+    "DeconstructedLanguageModel",
     "DeltaRule",
+    "DynamicMaskAttention",
+    "EntropyRegularizer",
+    "FixedTextQKAttention",
+    "FlowAttention",
     "LanguageModel",
     "LanguageModelConfig",
     "LinearAttention",
+    "LinearDynamicMaskAttention",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
     "Mixer",
+    "MixtureOfHeads",
     "NeuralMemory",
+    "NoMixing",
+    "RandomQKAttention",
+    "RoutingAttention",
+    "RowEntropyRegularizer",
+    "ScaledFusedFFN",
+    "SelfGatedAttention",
+    "SigmaReparamConv2d",
+    "SigmaReparamLinear",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "SoftmaxOnlyBlock",
+    "StaticQKAttention",
+    "TaylorAttention",
+    "TemperatureAttention",
+    "WholeTextRoutingAttention",
     "make_mixer",
+    "replaced",
+    "without_layers",
 ]

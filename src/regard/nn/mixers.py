@@ -6,25 +6,48 @@ from collections.abc import Callable
 
 from regard._errors import InputError, nearest
 from regard.nn.aaren import Aaren
+from regard.nn.deconstructed import (
+    FixedTextQKAttention,
+    NoMixing,
+    RandomQKAttention,
+    SelfGatedAttention,
+    StaticQKAttention,
+    TaylorAttention,
+)
 from regard.nn.delta_rule import DeltaRule
+from regard.nn.dynamic_mask_attention import DynamicMaskAttention, LinearDynamicMaskAttention
 from regard.nn.flow_attention import FlowAttention
 from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
+from regard.nn.mixture_of_heads import MixtureOfHeads
 from regard.nn.neural_memory import NeuralMemory
+from regard.nn.routing_attention import RoutingAttention
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
+from regard.nn.softmax_only import TemperatureAttention
 from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
     "aaren": Aaren,
+    "delta": DeltaRule,
+    "dma": DynamicMaskAttention,
+    "dma-linear": LinearDynamicMaskAttention,
+    "fixed_text_qk": FixedTextQKAttention,
     "flow": FlowAttention,
     "linear": LinearAttention,
-    "delta": DeltaRule,
     "memory": NeuralMemory,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
     "memory_as_layer": MemoryAsLayer,
+    "moh": MixtureOfHeads,
+    "no_mixing": NoMixing,
+    "random_qk": RandomQKAttention,
+    "routing": RoutingAttention,
+    "self_gated": SelfGatedAttention,
     "sliding": SlidingWindowAttention,
     "softmax": SoftmaxAttention,
+    "static_qk": StaticQKAttention,
+    "taylor": TaylorAttention,
+    "temperature": TemperatureAttention,
 }
 """Each makes a mixer from `(width, heads, **options)`."""
 
