@@ -30,12 +30,8 @@ def presses() -> dict[str, Any]:
     return {
         "streaming": lambda: kvpress.StreamingLLMPress(removed),
         "snapkv": lambda: kvpress.SnapKVPress(removed),
-        "tova": lambda: kvpress.TOVAPress(removed),
-        "key norm": lambda: kvpress.KnormPress(removed),
-        "pyramid": lambda: kvpress.PyramidKVPress(removed),
         "expected": lambda: kvpress.ExpectedAttentionPress(removed),
-        "snapkv, by head": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(removed)),
-        "expected, by head": lambda: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(removed)),
+        "snapkv by head": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(removed)),
         "h2o": lambda: kvpress.ObservedAttentionPress(removed),
         "kvzip": lambda: kvpress.KVzipPress(removed),
     }

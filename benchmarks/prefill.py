@@ -22,7 +22,7 @@ from transformers import DynamicCache
 import regard
 from regard import cache as caches
 from regard.cache import scorers
-from regard.cache.budgets import Ada, Calibrated
+from regard.cache.budgets import Calibrated
 from regard.texts import default_text
 
 OUT = Path(__file__).parent / "results" / "prefill.json"
@@ -36,12 +36,7 @@ def ways(model: Any) -> dict[str, Callable[[], Any]]:
     return {
         "full": lambda: caches.Full(model),
         "streaming": lambda: caches.Streaming(model, budget=BUDGET),
-        "key norm": lambda: caches.KeyNorm(model, budget=BUDGET),
-        "tova": lambda: caches.TOVA(model, budget=BUDGET),
         "snapkv": lambda: caches.SnapKV(model, budget=BUDGET),
-        "pyramid": lambda: caches.PyramidKV(model, budget=BUDGET),
-        "snapkv, by head": lambda: caches.Cache(model, scorers.SnapKV(), Ada(BUDGET)),
-        "expected, by head": lambda: caches.Cache(model, scorers.ExpectedAttention(), Ada(BUDGET)),
         "cake": lambda: caches.Cake(model, budget=BUDGET),
         "h2o": lambda: caches.H2O(model, budget=BUDGET),
         "h2o+calibrated": lambda: caches.Cache(model, scorers.H2O(), rule),

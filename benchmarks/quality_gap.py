@@ -6,6 +6,7 @@ documents without needles. Intervals: bootstrap over documents.
 
     python -m benchmarks.quality_gap measure --part 1/2     (resumable; parts may run side by side)
     python -m benchmarks.quality_gap table                  (writes results/quality_gap.json and docs/quality-gap.md)
+    python -m benchmarks.quality_gap refresh                (the same with newer prefill times and kvpress, losses as they were)
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from regard.bench.results import FULL, Results, Row
 from regard.bench.scoring import agreement, answers, continuation
 from regard.bench.store import Store
 from regard.cache import Cache, scorers
-from regard.cache.budgets import Ada, CakePreference, Calibrated, Global, Pyramid, Uniform
+from regard.cache.budgets import CakePreference, Calibrated, Global, Uniform
 from regard.cache.calibration import Calibration, calibrate
 from regard.cache.reconstruction import reconstruct
 from regard.metrics import bootstrap
@@ -83,12 +84,7 @@ def methods(
     both, code = held["calibrated"], held["calibrated-code"]
     yield "random", controls.chance(*shape, tokens), Uniform
     yield "streaming", scorers.Streaming(), Uniform
-    yield "key norm", scorers.KeyNorm(), Uniform
-    yield "tova", scorers.TOVA(), Uniform
-    snapkv = scorers.SnapKV()
-    yield "snapkv", snapkv, Uniform
-    yield "pyramid", snapkv, Pyramid
-    yield "snapkv, by head", snapkv, Ada
+    yield "snapkv", scorers.SnapKV(), Uniform
     yield "cake", scorers.CAKE(), CakePreference
     h2o, sampled, expected = scorers.H2O(), scorers.H2O(sample=8), scorers.ExpectedAttention()
     yield "h2o", h2o, Uniform
@@ -96,7 +92,6 @@ def methods(
     yield "h2o+calibrated on code", h2o, lambda size: Calibrated(size, code)
     yield "h2o sampled+calibrated", sampled, lambda size: Calibrated(size, both)
     yield "expected", expected, Uniform
-    yield "expected, by head", expected, Ada
     yield "expected+calibrated", expected, lambda size: Calibrated(size, both)
     peaks = reconstruct(model, exam.context[None], cache=prefill.full)
     yield "kvzip", controls.Given(table=peaks), Global
@@ -192,10 +187,30 @@ def collect() -> Results:
     return Results(rows)
 
 
+def prefill_ratios() -> dict[str, float]:
+    """What `benchmarks.prefill` measured, by method."""
+    rows = json.loads((HERE / "prefill.json").read_text())["rows"]
+    return {row["method"]: row["ratio"] for row in rows}
+
+
+def refresh() -> None:
+    """The page anew, with the losses as they were graded and the newest prefill times and peers."""
+    result = json.loads((HERE / "quality_gap.json").read_text())
+    prefills = prefill_ratios()
+    for line in result["settings"]:
+        line["prefill_ratio"] = prefills.get(line["method"].removesuffix(" on code"))
+    result["peer"] = peer()
+    finish(result)
+
+
+def finish(result: dict[str, Any]) -> None:
+    write(HERE / "quality_gap.json", result)
+    (HERE.parents[1] / "docs" / "quality-gap.md").write_text(page(result))
+
+
 def table() -> None:
     found = collect()
-    costs = json.loads((HERE / "prefill.json").read_text())["rows"]
-    prefills = {row["method"]: row["ratio"] for row in costs}
+    prefills = prefill_ratios()
     lines = []
     for setting in found.settings():
         lost = {m: found.lost(setting, m) for m in ("needle", "copy")}
@@ -222,8 +237,7 @@ def table() -> None:
         "versions": {"regard": regard.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()}, "settings": lines,
     }  # fmt: skip
-    write(HERE / "quality_gap.json", result)
-    (HERE.parents[1] / "docs" / "quality-gap.md").write_text(page(result))
+    finish(result)
     for line in lines:
         low, high = line["needle_lost"]["low"], line["needle_lost"]["high"]
         print(
@@ -273,13 +287,15 @@ def spread(estimate: Any) -> dict[str, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_gap", description=__doc__)
-    parser.add_argument("what", choices=["measure", "table"])
+    parser.add_argument("what", choices=["measure", "table", "refresh"])
     parser.add_argument("--part", default="1/1", help="of the documents, such as 1/2")
     given = parser.parse_args()
     if given.what == "measure":
         measure(*map(int, given.part.split("/")))
-    else:
+    elif given.what == "table":
         table()
+    else:
+        refresh()
 
 
 if __name__ == "__main__":

@@ -11,18 +11,14 @@ TITLES = {
     FULL: "full cache",
     "random": "random keys",
     "streaming": "StreamingLLM",
-    "key norm": "key norm",
-    "tova": "TOVA",
     "snapkv": "SnapKV",
-    "pyramid": "PyramidKV",
-    "snapkv, by head": "SnapKV, AdaKV's budgets",
+    "snapkv by head": "SnapKV with AdaKV's budgets",
     "cake": "CAKE",
     "h2o": "H2O",
     "h2o+calibrated": "H2O, calibrated",
     "h2o+calibrated on code": "H2O, calibrated on code alone",
     "h2o sampled+calibrated": "H2O from 1 row in 8, calibrated",
     "expected": "Expected Attention",
-    "expected, by head": "Expected Attention, AdaKV's budgets",
     "expected+calibrated": "Expected Attention, calibrated",
     "kvzip": "KVzip",
     "oracle": "oracle: the planted sentences",
@@ -67,6 +63,8 @@ this table; the bench measures them.
 
 ```sh
 python -m benchmarks.quality_gap measure   # goes on where it stopped
+python -m benchmarks.prefill                # prefill times
+python -m benchmarks.peer_kvpress --peer-python PYTHON
 python -m benchmarks.quality_gap table     # this page
 ```
 """
@@ -104,15 +102,13 @@ def _peer(result: dict[str, Any]) -> list[str]:
     lines = [PEER.format(budget=peer["budget"], **peer["versions"])]
     for line in peer["lines"]:
         own = ours.get(line["method"])
-        if own is None:
-            continue
-        ratio = own["prefill_ratio"]
+        ratio = None if own is None else own["prefill_ratio"]
         cells = (
             TITLES[line["method"]],
             _loss(line["needle_lost"]),
-            _loss(own["needle_lost"]),
+            "" if own is None else _loss(own["needle_lost"]),
             f"{line['bytes']:.3f}",
-            f"{own['bytes_ratio']:.3f}",
+            "" if own is None else f"{own['bytes_ratio']:.3f}",
             f"{line['prefill']:.2f} x",
             "" if ratio is None else f"{ratio:.2f} x",
             f"{line['decode']:.2f} x",
