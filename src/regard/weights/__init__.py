@@ -1,6 +1,18 @@
 """Transforms of a model's weights: adapters to train, positions to stretch."""
 
 from regard.weights.lora import lora
+from regard.weights.merging import (
+    capture_second_moments,
+    compress_rank_one,
+    curvature_similarity,
+    estimate_fisher_diagonal,
+    fast_fisher_graft,
+    mask_density,
+    merge_dare,
+    merge_linear,
+    merge_ota,
+    merge_ties,
+)
 from regard.weights.mixture_of_heads import (
     QueryNormHeads,
     RoutedHeads,
@@ -8,12 +20,25 @@ from regard.weights.mixture_of_heads import (
     spread_heads,
 )
 from regard.weights.rope import Interpolation, rope_interpolate
+from regard.weights.sigma_reparam import convert_sigma_reparam, fuse_sigma_reparam
 
 __all__ = [
     "Interpolation",
     "QueryNormHeads",
     "RoutedHeads",
+    "capture_second_moments",
+    "compress_rank_one",
+    "convert_sigma_reparam",
+    "curvature_similarity",
+    "estimate_fisher_diagonal",
+    "fast_fisher_graft",
+    "fuse_sigma_reparam",
     "lora",
+    "mask_density",
+    "merge_dare",
+    "merge_linear",
+    "merge_ota",
+    "merge_ties",
     "mixture_of_heads",
     "rope_interpolate",
     "spread_heads",
