@@ -26,6 +26,7 @@ Examples
   regard check ./my-model                   does regard leave this model unchanged?
   regard bench smollm2 --text notes.txt     what each KV cache saves, and what it costs
   regard train --mixer softmax,sliding      a small model of your own, and its loss curve
+  regard lab scan-and-snap                  theory beside experiment
   regard papers sink                        papers about attention sinks
   regard reproduce retrieval-head --quick   try one paper's experiment
 
