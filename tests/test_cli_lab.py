@@ -35,7 +35,7 @@ def test_names_every_setting(name: str) -> None:
     [
         (("scan-and-snip",), "did you mean scan-and-snap"),
         (("linear-icl", "--set", "seeds"), "KEY=VALUE"),
-        (("linear-icl", "--set", "seed=3"), "did you mean seeds"),
+        (("linear-icl", "--set", "exampels=3"), "did you mean examples"),
         (("linear-icl", "--set", "seeds=-3"), "got '-3'"),
     ],
 )
