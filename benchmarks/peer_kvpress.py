@@ -176,8 +176,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         task = Path(scratch) / "task.json"
         task.write_text(json.dumps({"path": model.config._name_or_path, "exams": handed}))
-        command = [given.peer_python, str(Path(__file__).resolve()), "--work", str(task)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [given.peer_python, "-m", "benchmarks.peer_kvpress", "--work", str(task)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("ROW "):
