@@ -181,6 +181,17 @@ def test_top_blocks_are_those_of_the_largest_mean_product() -> None:
     assert len({tuple(seen[0, h].flatten().tolist()) for h in range(4)}) == 2  # KV heads differ
 
 
+@pytest.mark.parametrize("keys", [23, 24, 25, 32])
+def test_top_blocks_choose_only_where_something_is_left_out(keys: int) -> None:
+    q, k, v = draw(4, 2, keys, keys)
+    call = AttentionCall(q, k, v, CausalMask(keys), 0.4)
+    mask = TopKBlocks(count=2, window=1, sinks=0, block=8).choose(call)
+    assert isinstance(mask, CausalMask) == (keys <= 24)
+    plain = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True)
+    output = attend(call, Pipeline([TopKBlocks(count=2, window=1, sinks=0, block=8)]))
+    assert torch.allclose(output, plain, atol=1e-10) == (keys <= 24)
+
+
 def test_top_blocks_while_decoding_use_the_blocks_of_the_cache() -> None:
     q, k, _ = draw(2, 2, 5, 37)
     means = block_means(q[0], 8, 32)

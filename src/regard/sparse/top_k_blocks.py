@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regard._errors import InputError
 from regard.engine import AttentionCall, BlockSparseMask, Mask
+from regard.engine.masks import CausalMask
 from regard.engine.split import join_heads
 from regard.sparse.pattern import Pattern
 from regard.sparse.sliding import check_window
@@ -39,8 +40,10 @@ class TopKBlocks(Pattern):
         self.window, self.sinks = check_window(window, sinks)
 
     def choose(self, call: AttentionCall) -> Mask:
-        query, key = call.query[0].detach(), call.key[0].detach()
         offset = call.keys - call.queries
+        if -(-call.keys // self.block) <= self.count + self.window:  # nothing would be left out
+            return CausalMask(call.keys, offset)
+        query, key = call.query[0].detach(), call.key[0].detach()
         chosen = top_blocks(
             block_means(
                 query.unflatten(0, (call.kv_heads, call.group)).mean(1), self.block, offset
