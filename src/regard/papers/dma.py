@@ -193,7 +193,7 @@ def record_gap(
 def recalls(run: Run, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
     window, task = 16, recall(16, 64, 4)
     small = Size(steps=2, width=32, heads=2, batch=4, rate=8e-3)
-    size = run.pick(quick=small, full=replace(small, steps=400, batch=16))
+    size = run.pick(quick=small, full=replace(small, steps=700, batch=16))
     kinds = ["full", "DMA", "sliding", "value norm", "random"]
     found = trained(run, "recall", task, size, window, kinds, seeds)
     here = (
@@ -226,7 +226,7 @@ def recalls(run: Run, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
 def characters_(run: Run, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
     window = run.pick(quick=8, full=16)
     task = characters(run.pick(quick=48, full=128))
-    size = Size(steps=run.pick(quick=2, full=120), batch=run.pick(quick=2, full=8))
+    size = Size(steps=run.pick(quick=2, full=150), batch=run.pick(quick=2, full=8))
     kinds = ["full", "DMA", "sliding", "DMA + local"]
     found = trained(run, "characters", task, size, window, kinds, seeds)
     here = (
@@ -247,7 +247,7 @@ def copies(run: Run) -> None:
     length, window = run.pick(quick=16, full=40), run.pick(quick=4, full=5)
     task = copying(16, length)
     small = Size(steps=2, width=32, heads=2, batch=4, rate=8e-3)
-    size = run.pick(quick=small, full=replace(small, steps=400, batch=32))
+    size = run.pick(quick=small, full=replace(small, steps=600, batch=32))
     found = trained(run, "copying", task, size, window, ["full", "DMA"], [0])
     behind = gaps(found, "full", "DMA", "accuracy", 100)[0]
     solved = found["full"][0]["accuracy"] > 0.8
