@@ -12,6 +12,7 @@ from regard.papers._routing_transformer_runs import (
     Setting,
     build,
     deviation,
+    far_pairs,
     leak,
     learned,
     maps_of,
@@ -43,12 +44,27 @@ def test_random_clusters_have_the_size_of_others() -> None:
     model = build("random", 32, SMALL).eval()
     assert [tuple(one.shape) for one in maps_of(model, torch.randint(32, (2, 24)))] == [
         (2, 2, 24, 24)
-    ] * 2
+    ] * SMALL.layers
 
 
 def test_the_leak_is_of_the_published_rule() -> None:
     assert leak(RoutingAttention, 0, tokens=32) == 0
     assert leak(WholeTextRoutingAttention, 0, tokens=32) > 0.1
+
+
+def test_far_pairs_ask_for_the_value_of_each_key_once() -> None:
+    task = far_pairs(length=20, pairs=4)
+    samples = task.draw(50, 0)
+    for ids, labels in zip(samples.ids.tolist(), samples.labels.tolist(), strict=True):
+        value = dict(
+            divmod(token - 9, 4) for token in ids[:4]
+        )  # 0 fills, 4 keys, 4 values, 16 pairs
+        assert set(value) == {0, 1, 2, 3} and not any(ids[4:12])
+        questions, answers = ids[12::2], ids[13::2]
+        assert [5 + value[key - 1] for key in questions] == answers
+        assert sorted(questions) == [1, 2, 3, 4]
+        assert labels[13::2] == answers and set(labels[:12] + labels[12::2]) == {-100}
+    assert int(samples.ids.max()) < task.vocabulary == 25
 
 
 def test_slope_of_a_power() -> None:
