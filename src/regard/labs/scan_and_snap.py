@@ -673,7 +673,7 @@ class ScanAndSnap(Lab):
             tokens = classes.probability.shape[1]
             slowest = decoder_time(count, tokens, float(rates.min()))[1]
             step = self.step * min(1.0, 2 / float(rates.max()))
-            times = np.unique(np.rint(np.geomspace(step, 4 * slowest, 90) / step)) * step
+            times = np.unique(np.rint(np.geomspace(4 * step, 4 * slowest, 90) / step)) * step
             course = follow(
                 classes, rates, np.full(len(rates), self.rate_attention / 10), times, step=step
             )
