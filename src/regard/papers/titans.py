@@ -376,7 +376,7 @@ def draw_needles(found: dict[str, list[list[float]]]) -> Figure:
     ax.set(
         xscale="log", xlabel="length, times the trained one", ylabel="accuracy, %", ylim=(0, 104)
     )
-    ax.set_xticks([2**place for place in range(len(next(iter(found.values()))))])
+    ax.set_xticks([2**place for place in range(len(found["silenced"][0]))])
     ax.get_xaxis().set_major_formatter("{x:.0f}")
     ax.minorticks_off()
     ax.legend(fontsize=8)
