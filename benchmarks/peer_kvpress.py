@@ -29,9 +29,11 @@ def presses() -> dict[str, Any]:
     removed = 1 - BUDGET
     return {
         "streaming": lambda: kvpress.StreamingLLMPress(removed),
-        "snapkv": lambda: kvpress.SnapKVPress(removed),
+        "snapkv 64": lambda: kvpress.SnapKVPress(removed, window_size=64),
         "expected": lambda: kvpress.ExpectedAttentionPress(removed),
-        "snapkv by head": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(removed)),
+        "snapkv 64 by head": lambda: kvpress.AdaKVPress(
+            kvpress.SnapKVPress(removed, window_size=64)
+        ),
         "h2o": lambda: kvpress.ObservedAttentionPress(removed),
         "kvzip": lambda: kvpress.KVzipPress(removed),
     }

@@ -6,7 +6,7 @@ documents without needles. Intervals: bootstrap over documents.
 
     python -m benchmarks.quality_gap measure --part 1/2     (resumable; parts may run side by side)
     python -m benchmarks.quality_gap table                  (writes results/quality_gap.json and docs/quality-gap.md)
-    python -m benchmarks.quality_gap refresh                (the same with newer prefill times and kvpress, losses as they were)
+    python -m benchmarks.quality_gap refresh                (the same with new prefill times, methods and kvpress)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from regard.bench.results import FULL, Results, Row
 from regard.bench.scoring import agreement, answers, continuation
 from regard.bench.store import Store
 from regard.cache import Cache, scorers
-from regard.cache.budgets import CakePreference, Calibrated, Global, Uniform
+from regard.cache.budgets import Ada, CakePreference, Calibrated, Global, Uniform
 from regard.cache.calibration import Calibration, calibrate
 from regard.cache.reconstruction import reconstruct
 from regard.metrics import bootstrap
@@ -81,10 +81,13 @@ def methods(
     """Name, scorer and rule of everything that is compared; scorers that come in a row share one watching."""
     config, tokens = model.config, exam.length
     shape = (config.num_hidden_layers, config.num_key_value_heads)
-    both, code = held["calibrated"], held["calibrated-code"]
+    both, code = held.get("calibrated"), held.get("calibrated-code")
     yield "random", controls.chance(*shape, tokens), Uniform
     yield "streaming", scorers.Streaming(), Uniform
     yield "snapkv", scorers.SnapKV(), Uniform
+    wide = scorers.SnapKV(window=64)
+    yield "snapkv 64", wide, Uniform
+    yield "snapkv 64 by head", wide, Ada
     yield "cake", scorers.CAKE(), CakePreference
     h2o, sampled, expected = scorers.H2O(), scorers.H2O(sample=8), scorers.ExpectedAttention()
     yield "h2o", h2o, Uniform
@@ -98,13 +101,14 @@ def methods(
     yield "oracle", controls.oracle(exam, *shape), Uniform
 
 
-def measure(part: int, parts: int) -> None:
+def measure(part: int, parts: int, only: set[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = regard.load("smollm2")
     store = Store(
         HERE / f"quality_gap.{part}of{parts}.partial.jsonl", {"length": LENGTH, "each": EACH}
     )
-    held = calibrations(model, store)
+    uncalibrated = only is not None and not any("calibrated" in name for name in only)
+    held = {} if uncalibrated else calibrations(model, store)
     for exam in exams(model.tokenizer)[part - 1 :: parts]:
         if f"done/{exam.name}" in store:
             continue
@@ -113,8 +117,11 @@ def measure(part: int, parts: int) -> None:
         reference = continuation(model, prefill.full, exam)
         plain = sum(2 * layer.keys.nbytes for layer in prefill.full.held)  # type: ignore[union-attr]
         grade(store, model, exam, FULL, "1", prefill.full, reference, reference, plain)
-        scorer, watched = None, None
+        scorer, watched, waiting = None, None, set(only or ())
         for name, wanted, rule in methods(exam, prefill, model, held):
+            if only is not None and name not in only:
+                continue
+            waiting.discard(name)
             if wanted is not scorer:
                 if watched is not None:
                     watched.close()
@@ -127,6 +134,8 @@ def measure(part: int, parts: int) -> None:
                 logits = continuation(model, cache, exam)
                 grade(store, model, exam, name, str(size), cache, logits, reference, plain)
                 cache.close()
+            if only is not None and not waiting:
+                break
         prefill.close()
         store.put(f"done/{exam.name}", time.process_time() - start)
         print(f"{exam.name}: {time.process_time() - start:.0f} CPU s", flush=True)
@@ -194,11 +203,15 @@ def prefill_ratios() -> dict[str, float]:
 
 
 def refresh() -> None:
-    """The page anew, with the losses as they were graded and the newest prefill times and peers."""
+    """The page anew: graded methods are added to those that it had, with the newest prefill times and peers."""
     result = json.loads((HERE / "quality_gap.json").read_text())
     prefills = prefill_ratios()
-    for line in result["settings"]:
+    lines = {(one["method"], one["budget"]): one for one in result["settings"]}
+    new = {(one["method"], one["budget"]): one for one in summarise(collect())}
+    lines |= {key: one for key, one in new.items() if key[0] != FULL}
+    for line in lines.values():
         line["prefill_ratio"] = prefills.get(line["method"].removesuffix(" on code"))
+    result["settings"] = list(lines.values())
     result["peer"] = peer()
     finish(result)
 
@@ -208,8 +221,8 @@ def finish(result: dict[str, Any]) -> None:
     (HERE.parents[1] / "docs" / "quality-gap.md").write_text(page(result))
 
 
-def table() -> None:
-    found = collect()
+def summarise(found: Results) -> list[dict[str, Any]]:
+    """A line for each method and budget."""
     prefills = prefill_ratios()
     lines = []
     for setting in found.settings():
@@ -231,6 +244,12 @@ def table() -> None:
                 "prefill_ratio": prefills.get(setting.method.removesuffix(" on code")),
             }
         )  # fmt: skip
+    return lines
+
+
+def table() -> None:
+    found = collect()
+    lines = summarise(found)
     result = {
         "what": __doc__.split("\n\n")[0].partition(": ")[2],
         "length": LENGTH, "peer": peer(), "documents": sorted({row.document for row in found.rows}), "texts": sources(),
@@ -274,6 +293,7 @@ def peer() -> dict[str, Any] | None:
     return {
         "versions": found["versions"],
         "budget": found["budget"],
+        "documents": len(by_document),
         "lines": lines,
         "failed": failed,
     }
@@ -289,9 +309,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_gap", description=__doc__)
     parser.add_argument("what", choices=["measure", "table", "refresh"])
     parser.add_argument("--part", default="1/1", help="of the documents, such as 1/2")
+    parser.add_argument("--only", nargs="*", help="these methods alone, to be added by refresh")
     given = parser.parse_args()
     if given.what == "measure":
-        measure(*map(int, given.part.split("/")))
+        measure(*map(int, given.part.split("/")), only=given.only and set(given.only))
     elif given.what == "table":
         table()
     else:

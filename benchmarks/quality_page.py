@@ -12,7 +12,8 @@ TITLES = {
     "random": "random keys",
     "streaming": "StreamingLLM",
     "snapkv": "SnapKV",
-    "snapkv by head": "SnapKV with AdaKV's budgets",
+    "snapkv 64": "SnapKV, window of 64",
+    "snapkv 64 by head": "SnapKV, window of 64, AdaKV's budgets",
     "cake": "CAKE",
     "h2o": "H2O",
     "h2o+calibrated": "H2O, calibrated",
@@ -47,10 +48,10 @@ The loss is tested by the upper end of its interval.
 PEER = """
 ## Beside kvpress
 
-The same documents, questions and methods under kvpress {kvpress} with transformers {transformers} (what it supports), at
-{budget:.0%} kept. Each side is compared with its own full cache. *Bytes* are those of the keys and values that a cache holds
-afterwards; *prefill* and *decode* are CPU time of one thread over transformers' own cache in the same process, medians over
-documents. kvpress hides what a budget by head drops instead of freeing it.
+{documents} of the documents, with the same questions and methods, under kvpress {kvpress} with transformers
+{transformers} (what it supports), at {budget:.0%} kept. Each side is compared with its own full cache. *Bytes* are those of
+the keys and values that a cache holds afterwards; *prefill* and *decode* are CPU time of one thread over transformers' own cache
+in the same process, medians over documents. kvpress hides what a budget by head drops instead of freeing it.
 
 | method | lost, kvpress | lost, regard | bytes, kvpress | bytes, regard | prefill, kvpress | prefill, regard | decode, kvpress |
 |---|---|---|---|---|---|---|---|"""
@@ -99,7 +100,7 @@ def _peer(result: dict[str, Any]) -> list[str]:
     ours = {
         one["method"]: one for one in result["settings"] if one["budget"] == str(peer["budget"])
     }
-    lines = [PEER.format(budget=peer["budget"], **peer["versions"])]
+    lines = [PEER.format(budget=peer["budget"], documents=peer["documents"], **peer["versions"])]
     for line in peer["lines"]:
         own = ours.get(line["method"])
         ratio = None if own is None else own["prefill_ratio"]
