@@ -104,6 +104,16 @@ def test_streams_what_it_gives_at_once():
     assert set(sizes) == {3 * 4 * (4 + 2)}
 
 
+def test_the_class_is_the_value_of_the_asked_key():
+    data = runs.lookups(30, pairs=3, keys=5)
+    assert data.train.shape == (20, 4, 10) and data.test.shape == (10, 4, 10)
+    for row, label in zip(data.train, data.train_labels, strict=True):
+        key, value = row[:, :5], row[:, 5:]
+        known = dict(zip(key[:3].argmax(-1).tolist(), value[:3].argmax(-1).tolist(), strict=True))
+        assert len(known) == 3 and not value[3].any()
+        assert known[int(key[3].argmax())] == int(label)
+
+
 def test_forms_agree():
     assert max(runs.deviations().values()) < 1e-10
     assert math.isclose(runs.far(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 2.0])), 3.0)

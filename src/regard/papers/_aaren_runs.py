@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.labs import tasks, training
+from regard.labs import tasks
 from regard.nn import Aaren, Mixer, SoftmaxAttention
+from regard.nn.softmax_attention import remember, split_heads
 from regard.ops import Attended, attention_scan, attention_scan_step, merge_attention
 from regard.papers._flowformer_runs import AbsoluteSoftmax, Sequences, language_model
 
@@ -238,13 +239,17 @@ def expect_events(
 # recall
 
 
-def recalls(name: str, seed: int, steps: int, *, pairs: int, length: int, width: int) -> float:
-    """Accuracy of associative recall after training, %."""
-    torch.manual_seed(seed)
-    task = tasks.recall(vocabulary=4 * pairs, length=length, pairs=pairs, spread=False)
-    model = language_model(MIXED[name], task, width=width)
-    training.train(model, task, steps, batch=32, rate=3e-3, seed=seed)
-    return 100 * task.accuracy(model, 256)
+def lookups(count: int, pairs: int = 8, keys: int = 16) -> Sequences:
+    """Tokens that each hold a key and a value, then a key alone; the class is its value. A third of the rows is held out."""
+    generator = torch.Generator().manual_seed(13)
+    key = torch.rand(count, keys, generator=generator).argsort(-1)[:, :pairs]
+    value = torch.randint(keys, (count, pairs), generator=generator)
+    asked = torch.randint(pairs, (count, 1), generator=generator)
+    every_key = torch.cat([key, key.gather(1, asked)], 1)
+    written = nn.functional.pad(nn.functional.one_hot(value, keys), (0, 0, 0, 1))
+    series = torch.cat([nn.functional.one_hot(every_key, keys), written], -1).float()
+    held, label = torch.arange(count) % 3 == 0, value.gather(1, asked)[:, 0]
+    return Sequences(series[~held], label[~held], series[held], label[held], keys)
 
 
 # exactness
@@ -325,10 +330,15 @@ def step_cost(
     found: dict[str, list[float]] = {"milliseconds": [], "kilobytes": []}
     for context in contexts:
         states: list[dict[str, Any]] = []
-        for mixer in mixers:  # the keys, values and sums of any context of this length
+        for mixer in mixers:
             state: dict[str, Any] = {}
-            for part in hidden[:, :context].split(1024, 1):
-                mixer(part, state=state)
+            past = hidden[:, :context]
+            if isinstance(mixer, SoftmaxAttention):
+                # keys without the turn of their positions: no context this long need be attended to
+                key = split_heads(mixer.k_proj(past), mixer.heads)
+                remember(state, key, split_heads(mixer.v_proj(past), mixer.heads), None)
+            else:
+                mixer(past, state=state)
             states.append(state)
         taken = []
         for i in range(steps + 3):
