@@ -50,8 +50,9 @@ PEER = """
 
 {documents} of the documents, with the same questions and methods, under kvpress {kvpress} with transformers
 {transformers} (what it supports), at {budget:.0%} kept. Each side is compared with its own full cache; regard's losses are
-those above, over all documents. *Bytes* are those of the keys and values that a cache of kvpress holds afterwards; *prefill* and *decode* are CPU time of one thread over transformers' own cache
-in the same process, medians over documents. kvpress hides what a budget by head drops instead of freeing it.
+those above, over all documents. *Bytes* are those of the keys and values that a cache of kvpress holds afterwards;
+*prefill* and *decode* are CPU time of one thread over transformers' own cache in the same process, medians over documents.
+kvpress hides what a budget by head drops instead of freeing it.
 
 | method | lost, kvpress | lost, regard | bytes, kvpress | bytes, regard | prefill, kvpress | prefill, regard | decode, kvpress |
 |---|---|---|---|---|---|---|---|"""
