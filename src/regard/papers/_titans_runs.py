@@ -82,7 +82,8 @@ def speed(tokens: int, dim: int, chunk: int, repeats: int) -> dict[str, float]:
     leaves = [weight.requires_grad_() for weight in initial]
 
     def chunked() -> Tensor:
-        return fast_weight_scan(memory=FastWeights.begin(leaves, 1), chunk=chunk, **parts)[0]
+        memory = FastWeights.begin(leaves, 1)
+        return fast_weight_scan(memory=memory, chunk=chunk, **parts)[0]  # pyright: ignore[reportArgumentType]
 
     def single() -> Tensor:
         return by_the_token(initial=leaves, chunk=chunk, **parts)

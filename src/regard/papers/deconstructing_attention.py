@@ -314,7 +314,10 @@ def _draw_loss(found: dict[str, list[dict[str, Any]]]) -> Any:
                 label=label if i == 0 else None,
             )
     ax.axhline(
-        np.mean(_loss(found, "standard/uniform")), color="grey", ls=":", label="standard attention"
+        float(np.mean(_loss(found, "standard/uniform"))),
+        color="grey",
+        ls=":",
+        label="standard attention",
     )
     ax.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=12)
     ax.set_ylabel("held-out loss, nats a character (a mark a seed)")
@@ -351,6 +354,7 @@ def _draw_indicators(found: dict[str, list[dict[str, Any]]]) -> Any:
     }
     shown["local focus 1"] = "weight of the previous key"
     figure, axes = plt.subplots(1, len(shown), figsize=(12, 3.2), layout="constrained")
+    layers: list[dict[str, Any]] = []
     for ax, (name, label) in zip(axes, shown.items(), strict=True):
         for kind in ("standard", *FIXED):
             layers = found[f"{kind}/uniform"][0]["indicators"]
