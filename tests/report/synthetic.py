@@ -240,7 +240,7 @@ def make_budget(sequence: Sequence) -> Budget:
     order = np.argsort(np.argsort(-mass, axis=1), axis=1)
     levels = []
     for fraction, delta in ((0.1, 0.41), (0.2, 0.16), (0.5, 0.012)):
-        kept = order < max(1, round(fraction * mass.shape[1]))
+        kept = (order < max(1, round(fraction * mass.shape[1]))).astype(float)
         retained = (mass * kept).sum(1) / mass.sum(1)
         levels.append(
             BudgetLevel(fraction, kept, retained, delta, delta * 0.8, delta * 1.2 + 0.004)

@@ -546,7 +546,8 @@ def descend(
     state, done, kept = tuple(np.array(part, float) for part in start), 0, []
     for target in wanted:
         for _ in range(int(target) - done):
-            state = tuple(p + step * v for p, v in zip(state, velocity(*state), strict=True))
+            moves = zip(state, velocity(*state), strict=True)
+            state = tuple(np.asarray(p + step * v) for p, v in moves)
         done = int(target)
         kept.append(state)
     return tuple(np.stack(parts) for parts in zip(*kept, strict=True))

@@ -128,6 +128,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     Cost: that of its mixers, and 3 x width x intermediate_size multiplications a token and layer for the feed-forward part.
 
+    >>> import torch
     >>> model = LanguageModel(LanguageModelConfig(hidden_size=32, num_hidden_layers=2, mixers=["sliding", "softmax"]))
     >>> model(torch.randint(256, (1, 12))).logits.shape
     torch.Size([1, 12, 256])

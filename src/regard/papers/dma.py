@@ -156,14 +156,16 @@ def trained(
 
 
 def gaps(
-    found: dict[str, list[dict[str, Any]]], one: str, other: str, field: str, scale: float
+    found: dict[str, list[dict[str, Any]]], one: str, other: str, field: str, scale: float | int
 ) -> list[float]:
     """What `one` has more than `other`, for each seed."""
     pairs = zip(found[one], found[other], strict=True)
     return [scale * (a[field] - b[field]) for a, b in pairs]
 
 
-def listed(found: dict[str, list[dict[str, Any]]], field: str, scale: float, digits: int) -> str:
+def listed(
+    found: dict[str, list[dict[str, Any]]], field: str, scale: float | int, digits: int
+) -> str:
     rows = (
         f"{kind} " + "/".join(f"{scale * one[field]:.{digits}f}" for one in runs)
         for kind, runs in found.items()
@@ -175,7 +177,7 @@ def record_gap(
     run: Run,
     claim: str,
     values: list[float],
-    least: float,
+    least: float | int,
     setting: str,
     note: str,
     digits: int = 1,

@@ -293,7 +293,7 @@ def _record_text(run: Run, setting: Setting, texts: dict[str, list[dict[str, Any
     )
 
 
-def _caught(run: Run) -> dict[str, list[float]]:
+def _caught(run: Run) -> dict[str, list[Any]]:
     import torch
 
     from regard.papers import _routing_transformer_runs as runs
@@ -309,7 +309,7 @@ def _caught(run: Run) -> dict[str, list[float]]:
     return {"layer": list(layers), **runs.caught(model, ids[0], ids[1], clusters, layers)}
 
 
-def _record_caught(run: Run, caught: dict[str, list[float]]) -> None:
+def _record_caught(run: Run, caught: dict[str, list[Any]]) -> None:
     layers = np.array(caught["layer"])
     middle = (layers >= 10) & (layers < 20)
     mean = {
@@ -366,7 +366,7 @@ def _draw_cost(counts: dict[str, dict[int, int]]) -> Any:
     return figure
 
 
-def _draw_coverage(caught: dict[str, list[float]]) -> Any:
+def _draw_coverage(caught: dict[str, list[Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
