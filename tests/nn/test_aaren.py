@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from regard._errors import InputError
 from regard.nn import Aaren, LanguageModel, LanguageModelConfig
-from regard.nn.softmax_attention import merge_heads, split_heads
+from regard.nn.projections import merge_heads, split_heads
 
 
 @pytest.mark.parametrize("block", [1, 4, 64])

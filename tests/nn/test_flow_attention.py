@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from regard._errors import InputError
 from regard.nn import BidirectionalFlowAttention, FlowAttention
-from regard.nn.softmax_attention import merge_heads, split_heads
+from regard.nn.projections import merge_heads, split_heads
 from regard.ops import flow_attention, flow_attention_step
 
 

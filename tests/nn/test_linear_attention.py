@@ -8,7 +8,7 @@ from torch.nn.functional import elu
 
 from regard._errors import InputError
 from regard.nn import LinearAttention
-from regard.nn.softmax_attention import merge_heads, split_heads
+from regard.nn.projections import merge_heads, split_heads
 
 
 def test_is_linear_attention_between_its_projections() -> None:

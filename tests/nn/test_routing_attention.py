@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from regard._errors import InputError
+from regard.nn.projections import merge_heads, split_heads
 from regard.nn.routing_attention import RoutingAttention, WholeTextRoutingAttention
-from regard.nn.softmax_attention import merge_heads, split_heads
 
 
 def make(kind: type[RoutingAttention] = RoutingAttention, **options: object) -> RoutingAttention:

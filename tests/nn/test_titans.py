@@ -16,8 +16,8 @@ from regard.nn import (
     MemoryAsGate,
     MemoryAsLayer,
 )
+from regard.nn.projections import merge_heads, split_heads
 from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import merge_heads, split_heads
 from regard.nn.titans import Combination, WindowAttention
 from regard.ops import read_memory
 

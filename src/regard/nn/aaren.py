@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
+from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.ops.attention_scan import Attended, attention_scan
 from regard.ops.linear_attention import wide
 

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from regard._errors import InputError
-from regard.attach.modules import HookedAttention
-from regard.nn._visible import causal_rule
 from regard.nn.mixer import Mixer, State
+from regard.nn.projections import Projections, check_heads
 from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import check_heads, merge_heads, remember, split_heads
+from regard.nn.softmax_attention import SoftmaxAttention
 from regard.ops.attention_scan import Attended
 from regard.ops.position_softmax import position_softmax, self_gate
 from regard.ops.taylor_attention import TaylorState, taylor_attention
@@ -65,27 +64,7 @@ class NoMixing(Mixer):
         return self.down_proj(silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-class _Projections(Mixer):
-    """The four projections of multi-head attention."""
-
-    positional = True
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        check_heads(width, heads, even=True)
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
-
-    def query_key(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.q_proj(states), self.heads), split_heads(
-            self.k_proj(states), self.heads
-        )
-
-
-class TaylorAttention(_Projections):
+class TaylorAttention(Projections, Mixer):
     """Attention with the exponential's Taylor series of second order (`regard.ops.taylor_attention`).
 
     Cost: 4 width^2 multiplications a token and 2 d^2 for each number of a head's output. The state holds d^2 numbers for each.
@@ -94,6 +73,11 @@ class TaylorAttention(_Projections):
     >>> mixer(torch.randn(2, 10, 32)).shape
     torch.Size([2, 10, 32])
     """
+
+    positional = True
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads, even=True)
 
     def forward(
         self,
@@ -104,17 +88,17 @@ class TaylorAttention(_Projections):
     ) -> Float[Tensor, "batch tokens width"]:
         seen = int(state["seen"][0]) if state else 0
         positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
-        query, key = (rotate(one, positions) for one in self.query_key(hidden))
-        value = split_heads(self.v_proj(hidden), self.heads)
+        query, key = (rotate(one, positions) for one in self.query_key_of(hidden))
+        value = self.value_of(hidden)
         past = TaylorState(*(state[name] for name in TaylorState._fields)) if state else None
         mixed, past = taylor_attention(query, key, value, valid=valid, state=past)
         if state is not None:
             state.update(past._asdict())
             state["seen"] = torch.full((len(hidden),), seen + hidden.shape[1], device=hidden.device)
-        return self.o_proj(merge_heads(mixed))
+        return self.output_of(mixed, hidden)
 
 
-class SelfGatedAttention(_Projections):
+class SelfGatedAttention(Projections, Mixer):
     """A softmax over scores in which a token meets only itself (`regard.ops.position_softmax`).
 
     Cost: 4 width^2 multiplications a token. The state holds one value and two numbers a head. Order is unknown to it: an output
@@ -125,6 +109,11 @@ class SelfGatedAttention(_Projections):
     torch.Size([2, 10, 32])
     """
 
+    positional = True
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads, even=True)
+
     def forward(
         self,
         hidden: Float[Tensor, "batch tokens width"],
@@ -132,54 +121,31 @@ class SelfGatedAttention(_Projections):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        query, key = self.query_key(hidden)
-        value = split_heads(self.v_proj(hidden), self.heads)
+        query, key = self.query_key_of(hidden)
+        value = self.value_of(hidden)
         past = Attended(**state) if state else None
         mixed, past = position_softmax(self_gate(query, key), value, valid=valid, state=past)
         if state is not None:
             state.update(past._asdict())
-        return self.o_proj(merge_heads(mixed))
+        return self.output_of(mixed, hidden)
 
 
-class GivenQKAttention(_Projections, HookedAttention):
+class GivenQKAttention(SoftmaxAttention):
     """Softmax attention whose queries and keys are made of `source`, which the model sets before each call.
 
     Cost and state: those of softmax attention. Instruments and interventions attach.
 
     Attributes:
         source: the states that queries and keys are made of.
+
+    Raises:
+        InputError: in a call, when no source was set, or one that is too short.
     """
 
     source: Tensor | None = None
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "batch tokens width"],
-        *,
-        valid: Bool[Tensor, "batch tokens"] | None = None,
-        state: State | None = None,
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Mixes.
-
-        Raises:
-            InputError: no source was set, or one that is too short.
-        """
-        batch, tokens, _ = hidden.shape
-        seen = int(state["seen"][0]) if state else 0
-        positions = torch.arange(seen, seen + tokens, device=hidden.device)
-        query, key = (rotate(one, positions) for one in self.query_key_of(hidden, valid, state))
-        value = split_heads(self.v_proj(hidden), self.heads)
-        known = valid
-        if state is not None:
-            key, value, known = remember(state, key, value, valid)
-        mask = causal_rule(tokens, known, key.shape[2], batch=batch, device=hidden.device)
-        mixed = self.attend(query, key, value, mask=mask, valid=valid, key_valid=known)
-        return self.o_proj(merge_heads(mixed))
-
-    def query_key_of(
-        self, hidden: Tensor, valid: Tensor | None, state: State | None
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
 
     def given(self) -> Tensor:
         """The source, or an error that says who sets it."""
@@ -194,7 +160,7 @@ class GivenQKAttention(_Projections, HookedAttention):
 class StaticQKAttention(GivenQKAttention):
     """Queries and keys from the embeddings of the input tokens: `source` is `[batch, tokens, width]`, one row for each token."""
 
-    def query_key_of(
+    def query_key(
         self, hidden: Tensor, valid: Tensor | None, state: State | None
     ) -> tuple[Tensor, Tensor]:
         source = self.given()
@@ -202,7 +168,7 @@ class StaticQKAttention(GivenQKAttention):
             raise InputError.of(
                 "source", given=tuple(source.shape), expected=f"of shape {tuple(hidden.shape)}"
             )
-        return self.query_key(source)
+        return self.query_key_of(source)
 
 
 class FixedQKAttention(GivenQKAttention):
@@ -211,7 +177,7 @@ class FixedQKAttention(GivenQKAttention):
     Attention weights do not depend on the input. Positions count valid tokens.
     """
 
-    def query_key_of(
+    def query_key(
         self, hidden: Tensor, valid: Tensor | None, state: State | None
     ) -> tuple[Tensor, Tensor]:
         source = self.given()
@@ -225,7 +191,7 @@ class FixedQKAttention(GivenQKAttention):
             place = (start[:, None] + valid.long().cumsum(-1) - 1).clamp(min=0)
         if int(place.max()) >= len(source):
             raise InputError.of("position", given=int(place.max()), expected=f"below {len(source)}")
-        query, key = self.query_key(source[None])
+        query, key = self.query_key_of(source[None])
         if valid is None and state is None:
             return query[:, :, :tokens].expand(batch, -1, -1, -1), key[:, :, :tokens].expand(
                 batch, -1, -1, -1

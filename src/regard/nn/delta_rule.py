@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, silu
 
 from regard.nn.mixer import Mixer, State
 from regard.nn.neural_memory import ShortConvolution
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
+from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.ops.delta_rule import delta_rule
 
 

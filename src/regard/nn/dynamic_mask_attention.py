@@ -27,8 +27,8 @@ from regard.attach.session import dispatch
 from regard.engine import AttentionCall, blockwise
 from regard.engine.masks import Window
 from regard.nn.mixer import Mixer, State
+from regard.nn.projections import Projections
 from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
 from regard.ops.dynamic_mask import (
     dynamic_mask,
     dynamic_mask_attention,
@@ -38,7 +38,7 @@ from regard.ops.dynamic_mask import (
 )
 
 
-class DynamicMaskAttention(Mixer, HookedAttention):
+class DynamicMaskAttention(Projections, Mixer, HookedAttention):
     """Causal self-attention over the most important keys so far.
 
     Args:
@@ -72,21 +72,13 @@ class DynamicMaskAttention(Mixer, HookedAttention):
         window: int = 2048,
         local: int = 0,
     ) -> None:
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        check_heads(width, heads, even=True)
-        if kv_heads < 1 or heads % kv_heads:
-            raise InputError.of("kv_heads", given=kv_heads, expected=f"a divisor of {heads} heads")
+        super().__init__(width, heads, kv_heads=kv_heads, even=True)
         if window < 1:
             raise InputError.of("window", given=window, expected="1 or more")
         if local < 0:
             raise InputError.of("local", given=local, expected="0 or more")
-        self.heads, self.kv_heads, self.window, self.local = heads, kv_heads, window, local
-        dim = width // heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.window, self.local = window, local
+        dim, kv_heads = width // heads, self.kv_heads
         self.q_norm = nn.RMSNorm(dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(dim, eps=1e-6)
         self.dt_proj = nn.Linear(kv_heads * dim, kv_heads, bias=False)
@@ -108,9 +100,9 @@ class DynamicMaskAttention(Mixer, HookedAttention):
         batch, tokens, _ = hidden.shape
         seen = int(state["seen"][0]) if state else 0
         positions = torch.arange(seen, seen + tokens, device=hidden.device)
-        query = rotate(self.q_norm(split_heads(self.q_proj(hidden), self.heads)), positions)
-        key = rotate(self.k_norm(split_heads(self.k_proj(hidden), self.kv_heads)), positions)
-        value = split_heads(self.v_proj(hidden), self.kv_heads)
+        query, key = self.query_key_of(hidden)
+        query, key = rotate(self.q_norm(query), positions), rotate(self.k_norm(key), positions)
+        value = self.value_of(hidden)
         importance = self.importance(value)
         known = None if valid is None else valid[:, None].expand(-1, self.kv_heads, -1)
         if state:
@@ -137,7 +129,7 @@ class DynamicMaskAttention(Mixer, HookedAttention):
         if state is not None:
             self._keep(state, key, value, importance, ends, known)
             state["seen"] = torch.full((batch,), seen + tokens, device=hidden.device)
-        return self.o_proj(merge_heads(mixed))
+        return self.output_of(mixed, hidden)
 
     def _keep(
         self,

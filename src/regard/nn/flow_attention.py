@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
+from regard.nn.projections import Projections
 from regard.ops.flow_attention import FlowState, causal_flow_attention, flow_attention
 
 
-class FlowAttention(Mixer):
+class FlowAttention(Projections, Mixer):
     """Multi-head causal flow attention; positions come from the model.
 
     Args:
@@ -42,16 +42,11 @@ class FlowAttention(Mixer):
     def __init__(
         self, width: int, heads: int, *, clip: Sequence[float] | None = (-1.0, 1.0), chunk: int = 64
     ) -> None:
-        super().__init__()
-        check_heads(width, heads)
+        super().__init__(width, heads, bias=True)
         if chunk < 1:
             raise InputError.of("chunk", given=chunk, expected="1 or more")
-        self.heads, self.chunk = heads, chunk
+        self.chunk = chunk
         self.clip = None if clip is None else (float(clip[0]), float(clip[1]))
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
 
     def forward(
         self,
@@ -60,12 +55,9 @@ class FlowAttention(Mixer):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (split_heads(proj(hidden), self.heads) for proj in projections)
         mixed, after = causal_flow_attention(
-            query,
-            key,
-            value,
+            *self.query_key_of(hidden),
+            self.value_of(hidden),
             valid=valid,
             state=FlowState(**state) if state else None,
             clip=self.clip,
@@ -73,10 +65,10 @@ class FlowAttention(Mixer):
         )
         if state is not None:
             state.update(after._asdict())
-        return self.o_proj(merge_heads(mixed).to(hidden.dtype))
+        return self.output_of(mixed, hidden)
 
 
-class BidirectionalFlowAttention(nn.Module):
+class BidirectionalFlowAttention(Projections):
     """Multi-head flow attention between all tokens, for encoders and classifiers. It is no mixer of a language model.
 
     Args:
@@ -95,14 +87,8 @@ class BidirectionalFlowAttention(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, *, clip: Sequence[float] | None = None) -> None:
-        super().__init__()
-        check_heads(width, heads)
-        self.heads = heads
+        super().__init__(width, heads, bias=True)
         self.clip = None if clip is None else (float(clip[0]), float(clip[1]))
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
 
     def forward(
         self,
@@ -111,7 +97,11 @@ class BidirectionalFlowAttention(nn.Module):
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
         """The mixed tokens; padding (`valid` false) neither gives nor receives."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (split_heads(proj(hidden), self.heads) for proj in projections)
-        mixed = flow_attention(query, key, value, valid=valid, query_valid=valid, clip=self.clip)
-        return self.o_proj(merge_heads(mixed).to(hidden.dtype))
+        mixed = flow_attention(
+            *self.query_key_of(hidden),
+            self.value_of(hidden),
+            valid=valid,
+            query_valid=valid,
+            clip=self.clip,
+        )
+        return self.output_of(mixed, hidden)

@@ -8,15 +8,15 @@ Source: Katharopoulos et al. 2020 (arXiv 2006.16236).
 from __future__ import annotations
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
+from regard.nn.projections import Projections
 from regard.ops.linear_attention import LinearState, causal_linear_attention
 
 
-class LinearAttention(Mixer):
+class LinearAttention(Projections, Mixer):
     """Multi-head causal linear attention with features elu + 1; positions come from the model.
 
     Args:
@@ -36,15 +36,10 @@ class LinearAttention(Mixer):
     """
 
     def __init__(self, width: int, heads: int, *, chunk: int = 64) -> None:
-        super().__init__()
-        check_heads(width, heads)
+        super().__init__(width, heads)
         if chunk < 1:
             raise InputError.of("chunk", given=chunk, expected="1 or more")
-        self.heads, self.chunk = heads, chunk
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.chunk = chunk
 
     def forward(
         self,
@@ -53,16 +48,13 @@ class LinearAttention(Mixer):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (split_heads(proj(hidden), self.heads) for proj in projections)
         mixed, after = causal_linear_attention(
-            query,
-            key,
-            value,
+            *self.query_key_of(hidden),
+            self.value_of(hidden),
             valid=valid,
             state=LinearState(**state) if state else None,
             chunk=self.chunk,
         )
         if state is not None:
             state.update(after._asdict())
-        return self.o_proj(merge_heads(mixed).to(hidden.dtype))
+        return self.output_of(mixed, hidden)

@@ -17,15 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regard._errors import InputError
-from regard.attach.modules import HookedAttention
-from regard.nn._visible import causal_rule
-from regard.nn.mixer import Mixer, State
-from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import check_heads, merge_heads, remember, split_heads
+from regard.nn.mixer import State
+from regard.nn.softmax_attention import SoftmaxAttention
 from regard.ops.head_gates import head_gates, load_balance_loss
 
 
-class MixtureOfHeads(Mixer, HookedAttention):
+class MixtureOfHeads(SoftmaxAttention):
     """Causal self-attention with rotary positions whose heads are gated token by token.
 
     Args:
@@ -52,8 +49,6 @@ class MixtureOfHeads(Mixer, HookedAttention):
     tensor(3., grad_fn=<SumBackward0>)
     """
 
-    positional = True
-
     def __init__(
         self,
         width: int,
@@ -64,11 +59,7 @@ class MixtureOfHeads(Mixer, HookedAttention):
         kv_heads: int | None = None,
         balance: float | int = 0.01,
     ) -> None:
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        check_heads(width, heads, even=True)
-        if kv_heads < 1 or heads % kv_heads:
-            raise InputError.of("kv_heads", given=kv_heads, expected=f"a divisor of {heads} heads")
+        super().__init__(width, heads, kv_heads=kv_heads)
         shared = heads // 2 if shared is None else shared
         if not 0 <= shared <= heads:
             raise InputError.of("shared", given=shared, expected=f"within 0 .. {heads} heads")
@@ -80,13 +71,7 @@ class MixtureOfHeads(Mixer, HookedAttention):
                 given=active,
                 expected=f"within {min(1, routed)} .. {routed}, the heads that are not shared",
             )
-        self.heads, self.kv_heads, self.shared, self.active = heads, kv_heads, shared, active
-        self.balance = balance
-        dim = width // heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.shared, self.active, self.balance = shared, active, balance
         # a softmax over one head is a constant: such a router has nothing to learn
         self.shared_router = nn.Linear(width, shared, bias=False) if shared > 1 else None
         self.routed_router = nn.Linear(width, routed, bias=False) if routed > 1 else None
@@ -113,24 +98,14 @@ class MixtureOfHeads(Mixer, HookedAttention):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        batch, tokens, _ = hidden.shape
-        seen = int(state["seen"][0]) if state else 0
-        positions = torch.arange(seen, seen + tokens, device=hidden.device)
-        query = rotate(split_heads(self.q_proj(hidden), self.heads), positions)
-        key = rotate(split_heads(self.k_proj(hidden), self.kv_heads), positions)
-        value = split_heads(self.v_proj(hidden), self.kv_heads)
-        known = valid
-        if state is not None:
-            key, value, known = remember(state, key, value, valid)
-        mask = causal_rule(tokens, known, key.shape[2], batch=batch, device=hidden.device)
-        mixed = self.attend(query, key, value, mask=mask, valid=valid, key_valid=known)
+        mixed = self.mix(hidden, valid, state)
         self.losses = {}
         if self.training and self.routed_router is not None:
             logits = self.routed_logits(hidden)
             loss = load_balance_loss(logits, self.active, valid)
             self.losses["load_balance"] = self.balance * loss
         gates = self.gates(hidden).transpose(1, 2)[..., None]
-        return self.o_proj(merge_heads(mixed * gates))
+        return self.output_of(mixed * gates, hidden)
 
 
 def _logits(router: nn.Module | None, hidden: Tensor, heads: int) -> Tensor:

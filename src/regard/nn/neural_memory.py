@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,7 +31,7 @@ from torch.nn.functional import normalize, silu
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
+from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.ops._slots import lay_out
 from regard.ops.fast_weights import FastWeights, fast_weight_scan, read_memory
 
@@ -38,7 +39,18 @@ from regard.ops.fast_weights import FastWeights, fast_weight_scan, read_memory
 class FastWeightMemory(nn.Module):
     """The memory and what writes it, without an output projection: the part that all of the paper's layers share.
 
-    Args: as `NeuralMemory`.
+    Args:
+        width: of the tokens.
+        heads: memories side by side, each of `width / heads` dimensions.
+        depth: layers of the memory; 1 for a matrix.
+        expansion: its inner width, in its outer.
+        chunk: tokens whose gradients are taken at the same weights: more is faster, fewer is nearer to gradient descent token by
+            token.
+        momentum: whether surprise lasts.
+        decay: whether the memory forgets.
+        kernel: tokens of the convolution of queries, keys and values; 1 for none.
+        largest_step: the bound of theta. At 0.5 the step of a matrix never overshoots a key of norm 1.
+        clip: soft bound of a token's gradient; None for none.
     """
 
     def __init__(
@@ -148,16 +160,8 @@ class NeuralMemory(Mixer):
     Args:
         width: of the tokens.
         heads: memories side by side, each of `width / heads` dimensions.
-        depth: layers of the memory; 1 for a matrix.
-        expansion: its inner width, in its outer.
-        chunk: tokens whose gradients are taken at the same weights: more is faster, fewer is nearer to gradient descent token by
-            token.
-        momentum: whether surprise lasts.
-        decay: whether the memory forgets.
-        kernel: tokens of the convolution of queries, keys and values; 1 for none.
         persistent: learned tokens before the first.
-        largest_step: the bound of theta. At 0.5 the step of a matrix never overshoots a key of norm 1.
-        clip: soft bound of a token's gradient; None for none.
+        memory: options of `FastWeightMemory`: depth, expansion, chunk, momentum, decay, kernel, largest_step, clip.
 
     Cost: 5 width^2 multiplications a token, and 8 a weight of the memory, of which there are
     2 expansion width^2 / heads at depth 2. The state holds the weights three times (as they are, as they move, as the chunk
@@ -173,34 +177,9 @@ class NeuralMemory(Mixer):
 
     positional = True
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        depth: int = 2,
-        expansion: int = 4,
-        chunk: int = 16,
-        momentum: bool = True,
-        decay: bool = True,
-        kernel: int = 4,
-        persistent: int = 4,
-        largest_step: float = 0.5,
-        clip: float | None = 4.0,
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, persistent: int = 4, **memory: Any) -> None:
         super().__init__()
-        self.memory = FastWeightMemory(
-            width,
-            heads,
-            depth=depth,
-            expansion=expansion,
-            chunk=chunk,
-            momentum=momentum,
-            decay=decay,
-            kernel=kernel,
-            largest_step=largest_step,
-            clip=clip,
-        )
+        self.memory = FastWeightMemory(width, heads, **memory)
         self.persistent = PersistentTokens(width, persistent)
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.gate_proj = nn.Linear(width, width, bias=False)

@@ -13,14 +13,17 @@ from torch import Tensor
 
 def rotate(
     states: Float[Tensor, "batch heads tokens dim"],
-    positions: Int[Tensor, "tokens"],
+    positions: Int[Tensor, "*rows tokens"],
     theta: float = 10_000.0,
 ) -> Float[Tensor, "batch heads tokens dim"]:
-    """Queries or keys turned to their positions. Cost: 4 multiplications a number."""
+    """Queries or keys turned to their positions, `[tokens]` for all rows or `[batch, tokens]`.
+
+    Cost: 4 multiplications a number.
+    """
     dim, device = states.shape[-1], states.device
     precise = torch.promote_types(states.dtype, torch.float32)
     speed = theta ** -(torch.arange(0, dim, 2, dtype=precise, device=device) / dim)
-    angle = positions[:, None].to(precise) * speed
+    angle = positions[..., None, :, None].to(precise) * speed
     cos, sin = angle.cos().to(states.dtype), angle.sin().to(states.dtype)
     first, second = states.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

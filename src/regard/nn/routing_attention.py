@@ -22,8 +22,9 @@ from regard._errors import InputError
 from regard.attach.modules import HookedAttention
 from regard.nn._visible import causal_rule
 from regard.nn.mixer import Mixer, State
+from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import check_heads, merge_heads, remember, split_heads
+from regard.nn.softmax_attention import remember
 from regard.ops.kmeans_routing import (
     ClusterMemory,
     balanced_topk_routing,

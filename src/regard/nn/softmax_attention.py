@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard._errors import InputError
 from regard.attach.modules import HookedAttention
 from regard.nn._visible import causal_rule
 from regard.nn.mixer import Mixer, State
+from regard.nn.projections import Projections
 from regard.nn.rotary import rotate
 
 
-class SoftmaxAttention(Mixer, HookedAttention):
+class SoftmaxAttention(Projections, Mixer, HookedAttention):
     """Multi-head causal self-attention with rotary positions.
 
     Args:
@@ -45,19 +46,10 @@ class SoftmaxAttention(Mixer, HookedAttention):
     def __init__(
         self, width: int, heads: int, *, kv_heads: int | None = None, window: int | None = None
     ) -> None:
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        check_heads(width, heads, even=True)
-        if kv_heads < 1 or heads % kv_heads:
-            raise InputError.of("kv_heads", given=kv_heads, expected=f"a divisor of {heads} heads")
+        super().__init__(width, heads, kv_heads=kv_heads, even=True)
         if window is not None and window < 1:
             raise InputError.of("window", given=window, expected="1 or more, or None")
-        self.heads, self.kv_heads, self.window = heads, kv_heads, window
-        dim = width // heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.window = window
 
     def forward(
         self,
@@ -66,20 +58,29 @@ class SoftmaxAttention(Mixer, HookedAttention):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
+        return self.output_of(self.mix(hidden, valid, state), hidden)
+
+    def mix(
+        self, hidden: Tensor, valid: Tensor | None, state: State | None
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """The head outputs."""
         batch, tokens, _ = hidden.shape
         seen = int(state["seen"][0]) if state else 0
         positions = torch.arange(seen, seen + tokens, device=hidden.device)
-        query = rotate(split_heads(self.q_proj(hidden), self.heads), positions)
-        key = rotate(split_heads(self.k_proj(hidden), self.kv_heads), positions)
-        value = split_heads(self.v_proj(hidden), self.kv_heads)
-        known = valid
+        query, key = (rotate(part, positions) for part in self.query_key(hidden, valid, state))
+        value, known = self.value_of(hidden), valid
         if state is not None:
             key, value, known = remember(state, key, value, valid, keep=self.window)
         mask = causal_rule(
             tokens, known, key.shape[2], window=self.window, batch=batch, device=hidden.device
         )
-        mixed = self.attend(query, key, value, mask=mask, valid=valid, key_valid=known)
-        return self.o_proj(merge_heads(mixed))
+        return self.attend(query, key, value, mask=mask, valid=valid, key_valid=known)
+
+    def query_key(
+        self, hidden: Tensor, valid: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of new tokens before they turn to their positions."""
+        return self.query_key_of(hidden)
 
 
 class SlidingWindowAttention(SoftmaxAttention):
@@ -89,23 +90,6 @@ class SlidingWindowAttention(SoftmaxAttention):
         self, width: int, heads: int, *, window: int = 64, kv_heads: int | None = None
     ) -> None:
         super().__init__(width, heads, kv_heads=kv_heads, window=window)
-
-
-def check_heads(width: int, heads: int, *, even: bool = False) -> None:
-    """Raises InputError unless `heads` divides `width`, into an even size when `even`."""
-    if heads < 1 or width % heads or (even and width // heads % 2):
-        size = "an even head size" if even else "a whole head size"
-        raise InputError(f"width {width} and heads {heads} must give {size}, got {width / heads:g}")
-
-
-def split_heads(states: Tensor, heads: int) -> Float[Tensor, "batch heads tokens dim"]:
-    """`[batch, tokens, heads * dim]` to `[batch, heads, tokens, dim]`."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(states: Float[Tensor, "batch heads tokens dim"]) -> Tensor:
-    """`[batch, heads, tokens, dim]` to `[batch, tokens, heads * dim]`."""
-    return states.transpose(1, 2).flatten(2)
 
 
 def remember(

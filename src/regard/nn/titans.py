@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -29,8 +29,8 @@ from regard.attach.modules import HookedAttention
 from regard.engine import DeferredMask
 from regard.nn.mixer import Mixer, State
 from regard.nn.neural_memory import FastWeightMemory, NeuralMemory, PersistentTokens, part_of
+from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import check_heads, merge_heads, split_heads
 from regard.ops._slots import lay_out
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -325,7 +325,7 @@ class WindowAttention(HookedAttention):
         )
         positions = seen[:, None] + known.long().cumsum(1) - 1
         query, key, value = self._project(hidden)
-        query, key = _turn(query, positions), _turn(key, positions)
+        query, key = rotate(query, positions), rotate(key, positions)
         if state is not None:
             key, value, positions, known = self._remember(state, key, value, positions, known)
             state["seen"] = positions[:, -1] + 1
@@ -382,15 +382,6 @@ class WindowAttention(HookedAttention):
             valid=known.gather(1, newest),
         )
         return key, value, positions, known
-
-
-def _turn(
-    states: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
-) -> Float[Tensor, "batch heads tokens dim"]:
-    """Rotary positions that differ by rows."""
-    batch, _, tokens, _ = states.shape
-    flat = rotate(states.transpose(0, 1).flatten(1, 2)[None], positions.flatten())
-    return flat[0].unflatten(1, (batch, tokens)).transpose(0, 1)
 
 
 def _mask(rule: Rule, shape: tuple[int, int, int, int], known: Tensor | None) -> DeferredMask:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from regard.labs import tasks
 from regard.nn import Aaren, Mixer, SoftmaxAttention
-from regard.nn.softmax_attention import remember, split_heads
+from regard.nn.projections import split_heads
+from regard.nn.softmax_attention import remember
 from regard.ops import Attended, attention_scan, attention_scan_step, merge_attention
 from regard.papers._flowformer_runs import AbsoluteSoftmax, Sequences, language_model
 

@@ -23,7 +23,7 @@ from regard.nn import (
     Mixer,
 )
 from regard.nn.mixer import State
-from regard.nn.softmax_attention import merge_heads, split_heads
+from regard.nn.projections import merge_heads, split_heads
 from regard.ops import (
     causal_flow_attention,
     causal_linear_attention,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard._errors import InputError
 from regard.attach.modules import HookedAttention
+from regard.nn.rotary import rotate
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,23 @@ class MaskedDiffusionConfig:
                 )
 
 
-def rotate(states: Float[Tensor, "batch heads rows dim"], angles: Tensor) -> Tensor:
-    """Rotary positions: the pair `(x_i, x_{i + dim/2})` turns by `angles[..., i]` (`[batch, 1, rows, dim / 2]`)."""
-    first, second = states.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 class Attention(HookedAttention):
     """Multi-head attention over every token, before and after."""
 
     is_causal = False
-    frequencies: Tensor
 
     def __init__(self, config: MaskedDiffusionConfig) -> None:
         super().__init__()
-        self.heads, dim = config.heads, config.width // config.heads
+        self.heads, self.theta = config.heads, config.theta
         self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        frequencies = config.theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def project(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, `[batch, heads, rows, dim]` each."""
         batch, rows, _ = states.shape
         parts = self.qkv_proj(states).view(batch, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        angles = positions[:, None, :, None].float() * self.frequencies
-        return rotate(parts[0], angles), rotate(parts[1], angles), parts[2]
+        query, key = (rotate(part, positions, self.theta) for part in parts[:2])
+        return query, key, parts[2]
 
 
 class SwiGLU(nn.Module):
