@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from regard.cli import app
-from regard.labs._lab import LABS
+from regard.labs.catalogue import LABS
 
 
 def call(*args: str) -> Result:

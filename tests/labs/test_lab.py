@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from regard._errors import InputError, OutputError
-from regard.labs import _lab
-from regard.labs._lab import LABS, Check, Lab, Result, Series, descend, flow, interval, setting
+from regard.labs import catalogue
+from regard.labs.catalogue import LABS
+from regard.labs.flows import descend, flow
+from regard.labs.results import Check, Result, Series, interval
+from regard.labs.settings import Lab, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +78,22 @@ def test_every_setting_of_every_laboratory_is_described_and_its_default_admissib
     for name, listed in LABS.items():
         config = listed.config
         assert config.name == name and listed.line
-        lab = _lab.open(name.upper().replace("-", "_"))
+        lab = catalogue.open(name.upper().replace("-", "_"))
         assert type(lab) is config
         for row in config.settings():
             assert row.help and row.range
             given = getattr(lab, row.key)
             text = ",".join(map(str, given)) if isinstance(given, tuple) else str(given)
-            assert getattr(_lab.open(name, {row.key: text}), row.key) == given
+            assert getattr(catalogue.open(name, {row.key: text}), row.key) == given
 
 
 def test_an_unknown_name_or_key_lists_what_there_is():
     with pytest.raises(InputError, match=r"'linear-icf'; did you mean linear-icl\?"):
-        _lab.open("linear-icf")
+        catalogue.open("linear-icf")
     with pytest.raises(
         InputError, match=r"setting of linear-icl.*spectrum.*did you mean examples, "
     ):
-        _lab.open("linear-icl", {"example": 3})
+        catalogue.open("linear-icl", {"example": 3})
 
 
 @pytest.mark.parametrize(

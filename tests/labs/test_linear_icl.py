@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from regard._errors import InputError
 from regard.labs import linear_icl as lab
-from regard.labs._lab import descend, flow
+from regard.labs.flows import descend, flow
 from regard.labs.linear_icl import LinearICL, draw_prompts, predict
 
 SPECTRUM = np.diag([2.0, 1.0, 0.5, 0.25])

@@ -35,15 +35,15 @@ def lab(
     given = [_pair(one) for one in settings or []]
     if out is not None and out.exists() and not out.is_dir():
         raise InputError.of("--out", given=str(out), expected="a directory or a new name")
-    from regard.labs import _lab
+    from regard.labs import catalogue
 
     screen = Screen()
     if name is None:
-        width = max(map(len, _lab.LABS))
-        for key, listed in _lab.LABS.items():
+        width = max(map(len, catalogue.LABS))
+        for key, listed in catalogue.LABS.items():
             screen.print(f"[bold]{key:{width}}[/]  {listed.line}", soft_wrap=True)
         return
-    subject = _lab.open(name, dict(given))
+    subject = catalogue.open(name, dict(given))
     if show:
         for row in subject.settings():
             screen.print(

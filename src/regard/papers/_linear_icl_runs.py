@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regard.labs._lab import flow
+from regard.labs.flows import flow
 from regard.labs.linear_icl import (
     draw_prompts,
     icl_gamma,
@@ -242,7 +242,7 @@ def limit_error(
     spectrum: Sequence[float], examples: int, scale: float, rate: float, horizon: float
 ) -> dict[str, float]:
     """Reduced gradient descent from U proportional to I: where u ends, and how far u U is from Gamma^-1."""
-    from regard.labs._lab import descend
+    from regard.labs.flows import descend
 
     covariance = np.diag(spectrum)
     size = len(spectrum)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regard.labs._lab import Check, Result
 from regard.labs.linear_icl import LinearICL
+from regard.labs.results import Check, Result
 from regard.papers import Claim, Paper, Run
 from regard.papers import _linear_icl_runs as runs
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regard.labs._lab import interval
+from regard.labs.results import interval
 from regard.labs.scan_and_snap import ScanAndSnap, follow, relative_growth
 from regard.papers import Claim, Paper, Run
 

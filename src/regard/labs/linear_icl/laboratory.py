@@ -1,327 +1,37 @@
-"""One layer of linear attention learns linear regression in context (arXiv 2306.09927): the flow, its limit, and its risk.
-
-The task: w ~ N(0, I_d); x_1 .. x_N and the query x_q ~ N(0, Lambda); y_i = <w, x_i>. A prompt is the matrix E with columns
-(x_i; y_i) and last (x_q; 0). The layer
-
-    f(E) = E + W_PV E (E^T W_KQ E) / N,        y_hat = f(E)[d + 1, N + 1],
-
-is trained on L = 1/2 E (y_hat - <w, x_q>)^2. With Gamma = (1 + 1/N) Lambda + (tr Lambda / N) I, gradient flow from a small
-balanced start ends in
-
-    W_KQ = tr(Gamma^-2)^(-1/4) [Gamma^-1 0; 0 0],   W_PV = tr(Gamma^-2)^(1/4) [0 0; 0 1]:
-
-the trained layer predicts x_q^T Gamma^-1 (1/M) sum_i y_i x_i on a prompt of any length M: one step of preconditioned descent.
-Every function named `icl_...` is a prediction; `draw_prompts`, `predict` and `train` are the experiment; `LinearICL` puts them
-side by side. Of the entries of W_PV only the last row, and of W_KQ only the first d columns, reach the prediction.
-
-Risks are E (y_hat - y)^2 without the factor 1/2.
-
-Source: Zhang, Frei, Bartlett 2024, "Trained Transformers Learn Linear Models In-Context", JMLR 25(49).
-"""
+"""The laboratory: predictions of `theory` beside measurements of `experiment`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from regard._errors import InputError
-from regard.labs._lab import Check, Lab, Result, Series, State, descend, flow, interval, setting
-
-Matrix = Float[np.ndarray, "d d"]
-
-
-def icl_gamma(covariance: Matrix, examples: int) -> Matrix:
-    """`Gamma = (1 + 1/N) Lambda + (tr Lambda / N) I`.
-
-    >>> icl_gamma(np.eye(2), 4)
-    array([[1.75, 0.  ],
-           [0.  , 1.75]])
-    """
-    trace = np.trace(covariance)
-    return (1 + 1 / examples) * covariance + trace / examples * np.eye(len(covariance))
-
-
-def icl_optimum(covariance: Matrix, examples: int) -> tuple[float, Matrix]:
-    """The limit of gradient flow (theorem 1): `u = tr(Gamma^-2)^(1/4)` in the corner of W_PV, `U = Gamma^-1 / u` in W_KQ."""
-    inverse = np.linalg.inv(icl_gamma(covariance, examples))
-    u = float(np.trace(inverse @ inverse)) ** 0.25
-    return u, inverse / u
-
-
-def icl_largest_scale(covariance: Matrix, examples: int) -> float:
-    """The start scale below which theorem 1 promises convergence: `sigma^2 ||Gamma||_op sqrt(d) < 2`."""
-    gamma = icl_gamma(covariance, examples)
-    return math.sqrt(2 / (np.linalg.norm(gamma, 2) * math.sqrt(len(gamma))))
-
-
-def icl_velocity(
-    u: Float[np.ndarray, "*runs"],
-    matrix: Float[np.ndarray, "*runs d d"],
-    covariance: Matrix,
-    examples: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Minus the gradient of the population loss in the reduced variables u (corner of W_PV) and U (block of W_KQ).
-
-    `l = 1/2 u^2 tr(Lambda U Gamma Lambda U^T) - u tr(Lambda^2 U^T) + 1/2 tr Lambda`, so
-    `du/dt = tr(Lambda^2 U^T) - u tr(Lambda U Gamma Lambda U^T)` and `dU/dt = u Lambda^2 - u^2 Gamma Lambda U Lambda`.
-    """
-    square, kernel = covariance @ covariance, icl_gamma(covariance, examples) @ covariance
-    pushed = kernel @ matrix @ covariance
-    du = np.einsum("ij,...ij->...", square, matrix) - u * (pushed * matrix).sum((-2, -1))
-    u_ = u[..., None, None]
-    return np.asarray(du), u_ * square - u_**2 * pushed
-
-
-def icl_loss(
-    u: Float[np.ndarray, "*runs"],
-    matrix: Float[np.ndarray, "*runs d d"],
-    covariance: Matrix,
-    examples: int,
-) -> Float[np.ndarray, "*runs"]:
-    """The population loss whose gradient `icl_velocity` follows."""
-    kernel = icl_gamma(covariance, examples) @ covariance
-    quadratic = ((kernel @ matrix @ covariance) * matrix).sum((-2, -1))
-    linear = np.einsum("ij,...ij->...", covariance @ covariance, matrix)
-    return np.asarray(0.5 * u**2 * quadratic - u * linear + 0.5 * np.trace(covariance))
-
-
-def icl_risk(
-    covariance: Matrix,
-    examples: int,
-    test_examples: int,
-    noise: float = 0.0,
-    test: Matrix | None = None,
-) -> float:
-    """The trained layer's risk on prompts of M examples with random tasks w ~ N(0, I) (theorems 2 and 3).
-
-    With the prompt's covariance L (`test`; the training covariance by default), G = Gamma^-1 and label noise of variance s,
-
-        R = s + (1/M) tr[((tr L + s) L + L^2) G L G] + tr[(G L - I)^T L (G L - I)].
-
-    For L = Lambda the last term is O(1/N^2); for another L it stays.
-
-    >>> round(icl_risk(np.diag([2.0, 1, 0.5, 0.25]), 20, 5), 3)
-    2.327
-    """
-    inverse = np.linalg.inv(icl_gamma(covariance, examples))
-    here = covariance if test is None else test
-    spread = (np.trace(here) + noise) * here + here @ here
-    bias = inverse @ here - np.eye(len(here))
-    variance = np.trace(spread @ inverse @ here @ inverse) / test_examples
-    return float(noise + variance + np.trace(bias.T @ here @ bias))
-
-
-def icl_risk_of_labels(
-    covariance: Matrix,
-    examples: int,
-    test_examples: int,
-    best: float,
-    coefficient: Float[np.ndarray, " d"],
-    spread: Matrix,
-) -> float:
-    """The risk for one fixed law of labels, linear or not (theorem 2).
-
-    With `best` = min_w E (y - <w, x>)^2, a = Lambda^-1 E[x y] and Sigma = Cov(x y),
-
-        R = best + (1/M) tr(Sigma Gamma^-2 Lambda) + (1/N^2) a^T Gamma^-2 Lambda (Lambda + tr(Lambda) I)^2 a.
-    """
-    inverse = np.linalg.inv(icl_gamma(covariance, examples))
-    twice = inverse @ inverse @ covariance
-    shifted = covariance + np.trace(covariance) * np.eye(len(covariance))
-    bias = coefficient @ twice @ shifted @ shifted @ coefficient / examples**2
-    return float(best + np.trace(spread @ twice) / test_examples + bias)
-
-
-def icl_random_covariance_limit(
-    moments: Sequence[float | int], dimension: int, examples: int
-) -> float:
-    """What u U converges to, times I, when each prompt draws its own diagonal covariance with i.i.d. entries (theorem 4).
-
-    `P = (E[Gamma Lambda^2])^-1 E[Lambda^2] = m2 / ((1 + 1/N) m3 + (m3 + (d - 1) m1 m2) / N)`, m1 .. m3 the moments of an entry.
-
-    >>> icl_random_covariance_limit((1, 2, 6), 3, 40)
-    0.3125
-    """
-    one, two, three = moments
-    return two / ((1 + 1 / examples) * three + (three + (dimension - 1) * one * two) / examples)
-
-
-def icl_random_covariance_risk(
-    moments: Sequence[float | int], dimension: int, examples: int, test_examples: float | int
-) -> float:
-    """The risk after training on random covariances, on further ones; it does not vanish as N and M grow.
-
-    `R = d [P^2 (m3 + (2 m3 + (d - 1) m1 m2) / M) - 2 P m2 + m1]`; for exponential entries it tends to d / 3.
-
-    >>> round(icl_random_covariance_risk((1, 2, 6), 3, 10**9, math.inf), 6)
-    1.0
-    """
-    one, two, three = moments
-    p = icl_random_covariance_limit(moments, dimension, examples)
-    second = three + (2 * three + (dimension - 1) * one * two) / test_examples
-    return dimension * (p**2 * second - 2 * p * two + one)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """Prompts and the label of each query."""
-
-    matrices: Float[Tensor, "*batch rows columns"]
-    answers: Float[Tensor, "*batch"]
-
-
-def draw_prompts(
-    root: Float[Tensor, "... d d"],
-    examples: int,
-    batch: tuple[int, ...],
-    generator: torch.Generator,
-    *,
-    noise: float = 0.0,
-    label: Callable[[Tensor], Tensor] | None = None,
-    task: Float[Tensor, "... d"] | None = None,
-    query: Float[Tensor, "... d d"] | None = None,
-) -> Prompts:
-    """Prompts `[*batch, d + 1, N + 1]` of inputs with covariance `root root^T` (one root for all, or one a prompt), in float64.
-
-    Args:
-        root: a square root of the covariance.
-        examples: N.
-        batch: how many, as a shape.
-        generator: draws everything.
-        noise: variance added to every label, the query's too.
-        label: maps <w, x> to the label before noise; the identity by default.
-        task: w, drawn from N(0, I) by default.
-        query: a root of the query's own covariance; the same by default.
-    """
-    size = root.shape[-1]
-
-    def normal(*shape: int) -> Tensor:
-        # single precision draws cost a quarter; all arithmetic on them is double
-        return torch.randn(*shape, generator=generator).double()
-
-    x = normal(*batch, examples + 1, size)
-    inputs = x @ root.mT
-    if query is not None:
-        inputs = torch.cat([inputs[..., :-1, :], x[..., -1:, :] @ query.mT], -2)
-    w = normal(*batch, size) if task is None else task
-    y = (inputs * w[..., None, :]).sum(-1)
-    y = y if label is None else label(y)
-    if noise:
-        y = y + math.sqrt(noise) * normal(*y.shape)
-    shown = torch.cat([y[..., :-1], torch.zeros_like(y[..., :1])], -1)
-    return Prompts(torch.cat([inputs, shown[..., None]], -1).mT, y[..., -1])
-
-
-def predict(
-    value: Float[Tensor, "*runs rows rows"],
-    key: Float[Tensor, "*runs rows rows"],
-    prompts: Float[Tensor, "*runs batch rows columns"],
-) -> Float[Tensor, "*runs batch"]:
-    """The layer's `y_hat` for W_PV = `value` and W_KQ = `key`: the last entry of W_PV (E E^T / N) W_KQ (x_q; 0).
-
-    The division is by the labelled examples in these very prompts, one less than the columns.
-    """
-    read = prompts[..., -1] @ key.mT  # W_KQ (x_q; 0)
-    moment = prompts @ prompts.mT / (prompts.shape[-1] - 1)
-    # products of such small matrices are faster as sums
-    mixed = (moment * read[..., None, :]).sum(-1)
-    return (mixed * value[..., None, -1, :]).sum(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Weights after training and at logged steps; the first axis of each is time.
-
-    Attributes:
-        steps: `[times]`.
-        value, key: W_PV and W_KQ, `[times, seeds, d + 1, d + 1]`.
-    """
-
-    steps: np.ndarray
-    value: Float[np.ndarray, "times seeds rows rows"]
-    key: Float[np.ndarray, "times seeds rows rows"]
-
-    def product(self) -> Float[np.ndarray, "times seeds d d"]:
-        """u U, which decides the prediction whatever the balance of the two matrices."""
-        return self.value[..., -1, -1, None, None] * self.key[..., :-1, :-1]
-
-    def stray(self) -> float:
-        """At the end, the largest entry that theory keeps at zero (w21 of W_PV, w12 of W_KQ) over the largest of all."""
-        value, key = np.abs(self.value[-1]), np.abs(self.key[-1])
-        stray = max(value[:, -1, :-1].max(), key[:, -1, :-1].max())
-        return float(stray / max(value.max(), key.max()))
-
-
-def start(
-    dimension: int, scale: float, seeds: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "seeds rows rows"], Float[Tensor, "seeds rows rows"]]:
-    """The theorem's start: W_PV = sigma [0 0; 0 1], W_KQ = sigma [Theta Theta^T 0; 0 0], `||Theta Theta^T||_F = 1`."""
-    theta = torch.randn(seeds, dimension, dimension, dtype=torch.float64, generator=generator)
-    square = theta @ theta.mT
-    square = square / square.flatten(1).norm(dim=1)[:, None, None]
-    value = torch.zeros(seeds, dimension + 1, dimension + 1, dtype=torch.float64)
-    key = value.clone()
-    value[:, -1, -1] = scale
-    key[:, :-1, :-1] = scale * square
-    return value, key
-
-
-def train(
-    draw: Callable[[tuple[int, ...], torch.Generator], Prompts],
-    begin: tuple[Tensor, Tensor],
-    *,
-    steps: int,
-    rate: float,
-    batch: int,
-    seed: int,
-    logs: int = 40,
-) -> Trained:
-    """Stochastic gradient descent on all entries of both matrices, every seed at once, fresh prompts at every step.
-
-    For the last third of the steps the rate falls to a tenth, so that the noise of the batches settles.
-
-    Cost: O(steps x seeds x batch x d x N).
-    """
-    value, key = (part.clone().requires_grad_() for part in begin)
-    generator = torch.Generator().manual_seed(seed)
-    marks = sorted(set(np.unique(np.rint(np.geomspace(1, steps, logs)).astype(int)).tolist()))
-    kept = [(0, value.detach().clone(), key.detach().clone())]
-    for step in range(1, steps + 1):
-        prompts = draw((len(value), batch), generator)
-        wrong = predict(value, key, prompts.matrices) - prompts.answers
-        gradients = torch.autograd.grad(0.5 * wrong.square().mean(-1).sum(), (value, key))
-        late = max(0.0, step / steps - 2 / 3) * 3
-        with torch.no_grad():
-            for part, gradient in zip((value, key), gradients, strict=True):
-                part -= rate * 0.1**late * gradient
-        if step in marks:
-            kept.append((step, value.detach().clone(), key.detach().clone()))
-    steps_, values, keys = zip(*kept, strict=True)
-    return Trained(np.array(steps_), torch.stack(values).numpy(), torch.stack(keys).numpy())
-
-
-def measured_risk(
-    weight: Matrix, prompts: Callable[[int, torch.Generator], Prompts], count: int, seed: int
-) -> tuple[float, float]:
-    """Mean squared error of the layer with u U = `weight` over `count` prompts, and half of its 95 % interval."""
-    size = len(weight) + 1
-    value, key = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
-    value[-1, -1] = 1.0
-    key[:-1, :-1] = torch.as_tensor(weight)
-    generator, errors, left = torch.Generator().manual_seed(seed), [], count
-    while left > 0:
-        drawn = prompts(min(left, 5000), generator)
-        errors.append((predict(value, key, drawn.matrices) - drawn.answers).square())
-        left -= 5000
-    squares = torch.cat(errors)
-    return float(squares.mean()), 1.96 * float(squares.std()) / math.sqrt(count)
+from regard.labs.flows import State, descend, flow
+from regard.labs.linear_icl.experiment import (
+    Prompts,
+    draw_prompts,
+    measured_risk,
+    start,
+    train,
+)
+from regard.labs.linear_icl.theory import (
+    Matrix,
+    icl_gamma,
+    icl_loss,
+    icl_optimum,
+    icl_random_covariance_limit,
+    icl_random_covariance_risk,
+    icl_risk,
+    icl_velocity,
+)
+from regard.labs.results import Check, Result, Series, interval
+from regard.labs.settings import Lab, setting
 
 
 @dataclass(frozen=True, kw_only=True)
