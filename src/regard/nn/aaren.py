@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.projections import check_heads, merge_heads, split_heads
+from regard.nn.projections import Projections
 from regard.ops.attention_scan import Attended, attention_scan
 from regard.ops.linear_attention import wide
 
 
-class Aaren(Mixer):
+class Aaren(Projections, Mixer):
     """Multi-head attention of one learned query over all tokens so far; positions come from the model.
 
     Args:
@@ -42,16 +42,11 @@ class Aaren(Mixer):
     """
 
     def __init__(self, width: int, heads: int, *, block: int = 64) -> None:
-        super().__init__()
-        check_heads(width, heads)
+        super().__init__(width, heads)
         if block < 1:
             raise InputError.of("block", given=block, expected="1 or more")
-        self.heads, self.block = heads, block
+        self.block = block
         self.query = nn.Parameter(torch.randn(width))
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
         self,
@@ -63,13 +58,13 @@ class Aaren(Mixer):
         scores = wide(hidden @ self.key_of_query().T).transpose(1, 2)
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], -torch.inf)
-        value = split_heads(wide(self.v_proj(hidden)), self.heads)
+        value = wide(self.value_of(hidden))
         mixed, after = attention_scan(
             scores, value, Attended(**state) if state else None, block=self.block
         )
         if state is not None:
             state.update(after._asdict())
-        return self.o_proj(merge_heads(mixed).to(hidden.dtype))
+        return self.output_of(mixed, hidden)
 
     def key_of_query(self) -> Float[Tensor, "heads width"]:
         """`W_k^T q / sqrt(d)`: a token's score with each head is its product with this."""
