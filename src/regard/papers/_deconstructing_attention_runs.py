@@ -103,7 +103,7 @@ def score_ranges(model: nn.Module, ids: Tensor) -> list[float]:
     found: list[float] = []
 
     def note(mixer: SelfGatedAttention, given: tuple[Tensor]) -> None:
-        found.append(float(self_gate(*mixer.query_key(given[0])).abs().max()))
+        found.append(float(self_gate(*mixer.query_key_of(given[0])).abs().max()))
 
     mixers = [m for m in model.modules() if isinstance(m, SelfGatedAttention)]
     handles = [mixer.register_forward_pre_hook(note) for mixer in mixers]
