@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 transformers.logging.set_verbosity_error()
 
 

@@ -6,14 +6,9 @@ The families come from the installed transformers, so a new one is proven, or na
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import architectures
+import pytest
 import tiny_models
 import torch
 

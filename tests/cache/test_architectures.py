@@ -7,22 +7,17 @@ Evicting: the same positions are dropped in all layers, so they are those of `Dy
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import DynamicCache
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import architectures
 
 from regard._errors import RegardError
 from regard.cache import Cache, Full, Layer, Scorer

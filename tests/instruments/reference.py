@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,6 @@ from torch import Tensor
 
 from regard.engine import AttentionCall, Pipeline, attend
 from regard.instruments.base import Instrument
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 WINDOWS = {"mistral": 6}
 """Sliding windows of the tiny models."""

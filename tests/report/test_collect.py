@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_config
 
 import regard
 from fixtures_models import tiny_llama
@@ -98,6 +99,36 @@ def test_an_encoder_gets_a_report_without_decoder_sections(tiny_tokenizer: Any) 
     assert not stack.causal and stack.budget is None
     assert any("causal language model" in line for line in found.data.limits)
     assert {"entropy", "distance"} <= {m.key for m in stack.measures}
+
+
+@pytest.mark.parametrize(
+    ("family", "holds"),
+    [("jamba", [False, True]), ("gemma3n_text", [True, True, True, False])],
+)
+def test_layers_without_keys_of_their_own(
+    family: str, holds: list[bool], tiny_tokenizer: Any
+) -> None:
+    found = report(tiny(family), TEXT[:100], tokenizer=tiny_tokenizer, quick=True)
+    stack = found.data.stacks[0]
+    assert stack.budget is not None and len(stack.budget.levels) == 3
+    assert all(np.isfinite(level.retained).tolist() == holds for level in stack.budget.levels)
+    assert stack.sequence is not None and stack.sequence.kept is not None
+    assert "hold " in found.html() and ">nan<" not in found.html().lower()
+
+
+def test_a_section_that_a_model_refuses_is_named_and_the_rest_is_there(tiny_tokenizer: Any) -> None:
+    found = report(tiny("minimax"), TEXT[:100], tokenizer=tiny_tokenizer, quick=True)
+    assert found.data.stacks[0].budget is None
+    assert any("Key-value budget: not measured (MiniMax" in line for line in found.data.limits)
+
+
+def tiny(family: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(family)
+    config.vocab_size = 320
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def test_refusals_come_before_work(

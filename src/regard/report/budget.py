@@ -49,7 +49,7 @@ def budget(
     with torch.inference_mode(), watched(model, ids) as cache:
         for fraction in FRACTIONS:
             with cut(cache, fraction) as held:
-                kept = kept_positions(held, ids.shape[1])
+                kept = kept_positions(held, len(mass), ids.shape[1])
             levels.append(BudgetLevel(fraction, kept.mean(1), retained(mass, kept)))
     if measured and ids.shape[1] >= 128:
         _measure(model, ids[:, :MEASURED], levels)
@@ -76,14 +76,15 @@ def cut(cache: Cache, fraction: float) -> Iterator[Cache]:
         yield twin
 
 
-def kept_positions(cache: Cache, tokens: int) -> Bool[np.ndarray, "layers kv_heads tokens"]:
-    """What each KV head of a cache still holds."""
-    layers = cache.held
-    heads = max(layer.rows.heads for layer in layers if layer.rows is not None)
-    kept = np.zeros((len(layers), heads, tokens), dtype=bool)
-    for index, layer in enumerate(layers):
+def kept_positions(
+    cache: Cache, layers: int, tokens: int
+) -> Bool[np.ndarray, "layers kv_heads tokens"]:
+    """What each KV head of a cache still holds; nothing in a layer that holds no keys of its own."""
+    heads = max(layer.rows.heads for layer in cache.held if layer.rows is not None)
+    kept = np.zeros((layers, heads, tokens), dtype=bool)
+    for layer in cache.held:
         for head in range(heads):
-            kept[index, head, cache.kept(layer.index, head).numpy()] = True
+            kept[layer.index, head, cache.kept(layer.index, head).numpy()] = True
     return kept
 
 
@@ -91,9 +92,10 @@ def retained(
     mass: Float[np.ndarray, "layers heads tokens"],
     kept: Bool[np.ndarray, "layers kv_heads tokens"],
 ) -> Float[np.ndarray, " layers"]:
-    """Share of each layer's attention that falls on positions its heads keep."""
+    """Share of each layer's attention that falls on positions its heads keep; NaN for a layer that holds no keys."""
     grouped = kept.repeat(mass.shape[1] // kept.shape[1], axis=1)
-    return (mass * grouped).sum((1, 2)) / mass.sum((1, 2))
+    total = np.where(kept.any((1, 2)), mass.sum((1, 2)), np.nan)
+    return (mass * grouped).sum((1, 2)) / total
 
 
 def _bytes(model: nn.Module) -> int | None:

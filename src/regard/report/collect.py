@@ -169,16 +169,19 @@ def _optional(limits: list[str], what: str, section: Callable[[], None]) -> None
     """Runs a section; what a model cannot have is noted instead of failing the report."""
     try:
         section()
-    except (AttachError, InputError, ModelError) as error:
+    except (AttachError, InputError, ModelError, NotImplementedError, ValueError) as error:
         limits.append(f"{what}: not measured ({error}).")
 
 
 def _static(
     model: nn.Module, ids: Tensor, reading: Reading, main: Stack, limits: list[str]
 ) -> None:
-    peaks = reading.instruments["ResidualPeaks"].compute()
-    if main.name in peaks:
-        measuring.skyline(peaks[main.name], main)
+    def peaks() -> None:
+        found = reading.instruments["ResidualPeaks"].compute()
+        if main.name in found:
+            measuring.skyline(found[main.name], main)
+
+    _optional(limits, "Peaks of the residual stream", peaks)
     if main.causal and generates(model):
 
         def section() -> None:
@@ -187,7 +190,7 @@ def _static(
             main.budget = budget(model, ids, mass)
             fifth = next(level for level in main.budget.levels if level.fraction == 0.2)
             if main.sequence is not None:
-                main.sequence.kept = fifth.kept.mean(0)
+                main.sequence.kept = fifth.kept[fifth.kept.any(1)].mean(0)
 
         _optional(limits, "Key-value budget", section)
 

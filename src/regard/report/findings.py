@@ -148,9 +148,9 @@ def _budget(stack: Stack, command: str) -> Finding | None:
     if stack.budget is None:
         return None
     level = next((lv for lv in stack.budget.levels if lv.fraction == 0.2), stack.budget.levels[0])
-    held = float(level.retained.mean())
+    held = float(np.nanmean(level.retained))
     sentence = f"In each KV head, the {level.fraction:.0%} of the keys that H2O keeps hold {held:.0%} of the attention"
-    layer = int(level.retained.argmin())
+    layer = int(np.nanargmin(level.retained))
     sentence += f" ({float(level.retained[layer]):.0%} in layer {layer}, the least)."
     if level.delta is not None:
         sentence += f" Forgetting the rest changes the loss of later tokens by {level.delta:+.3f} nats a token."

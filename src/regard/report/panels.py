@@ -423,6 +423,8 @@ def budget(stack: Stack, index: int) -> str:
         ys = [place(float(v)) for v in level.retained]
         drawn.append((f"stroke budget-{k % 3}", polyline(xs, ys)))
         for x, y, layer in zip(xs, ys, range(layers), strict=True):
+            if math.isnan(y):
+                continue
             kept = quantity(float(level.retained[layer]), "share")
             tip = (
                 f"layer {layer}: {kept} of attention kept at {quantity(level.fraction, 'share', 2)}"
