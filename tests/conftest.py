@@ -15,8 +15,14 @@ from jaxtyping import install_import_hook
 if os.environ.get("REGARD_UNCHECKED", "") in {"", "0"}:
     install_import_hook("regard", "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
+
+# The same cases in every run, so that a change's own tests decide about it; `HYPOTHESIS_PROFILE=search` draws new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("search", print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 sys.path.insert(0, os.path.dirname(__file__))
 pytest_plugins = ["fixtures_browser", "fixtures_models"]

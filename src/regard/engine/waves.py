@@ -105,7 +105,8 @@ def _chunk(wave: Wave, units: slice, tiles: slice) -> Chunk:
     step = int(first[1] - first[0]) if len(first) > 1 else 0
     even = slots[0, 0] + step * torch.arange(len(first))[:, None]
     even = even + wave.unit * torch.arange(slots.shape[1])
-    run = (int(first[0]), step) if torch.equal(even, slots) else None
+    view = step >= 0 and torch.equal(even, slots)  # a view cannot step backwards
+    run = (int(first[0]), step) if view else None
     return Chunk(wave, units, tiles, rows, slots.flatten() // wave.unit, run)
 
 
