@@ -87,7 +87,7 @@ class Block:
     def keys(self) -> slice:
         return slice(self.window.lo, self.window.hi)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """`[rows]`: the key slot of each query."""
         return self.rows + self.call.query_offset
