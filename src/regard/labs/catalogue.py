@@ -46,6 +46,22 @@ LABS: dict[str, Listed] = {
         "a one-layer transformer scans for distinct tokens, then snaps: token fates, growth, two regimes",
         "scan_and_snap:ScanAndSnap",
     ),
+    "softmax-icl": Listed(
+        "multi-head softmax attention on regression prompts: heads of opposite sign make a step of debiased descent",
+        "softmax_icl:SoftmaxICL",
+    ),
+    "mesa-optimization": Listed(
+        "linear causal attention on linear sequences: next-token prediction learns a step of descent, and what it can do",
+        "mesa_optimization:MesaOptimization",
+    ),
+    "filtering-storing": Listed(
+        "a one-layer transformer stores facts in its MLP: which of them questions about others make extractable",
+        "filtering_storing:FilteringStoring",
+    ),
+    "pavlovian": Listed(
+        "attention as conditioning: how many associations a memory holds, and which rules block, shadow and forget",
+        "pavlovian:Pavlovian",
+    ),
 }
 
 
