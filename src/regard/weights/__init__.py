@@ -1,5 +1,12 @@
 """Transforms of a model's weights: adapters to train, positions to stretch."""
 
+from regard.weights.linear_adapters import (
+    ADAPTER_POINTS,
+    AdapterPoint,
+    LinearAdapter,
+    attach_linear_adapters,
+    merge_linear_adapters,
+)
 from regard.weights.lora import lora
 from regard.weights.merging import (
     capture_second_moments,
@@ -23,9 +30,13 @@ from regard.weights.rope import Interpolation, rope_interpolate
 from regard.weights.sigma_reparam import convert_sigma_reparam, fuse_sigma_reparam
 
 __all__ = [
+    "ADAPTER_POINTS",
+    "AdapterPoint",
     "Interpolation",
+    "LinearAdapter",
     "QueryNormHeads",
     "RoutedHeads",
+    "attach_linear_adapters",
     "capture_second_moments",
     "compress_rank_one",
     "convert_sigma_reparam",
@@ -37,6 +48,7 @@ __all__ = [
     "mask_density",
     "merge_dare",
     "merge_linear",
+    "merge_linear_adapters",
     "merge_ota",
     "merge_ties",
     "mixture_of_heads",
