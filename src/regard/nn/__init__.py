@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from regard.nn.aaren import Aaren
+from regard.nn.atconv import ATConv2d, ATConvTokenMixer, routing_kernels
+from regard.nn.attnet import ATTNETS, AttNet, AttNetSize
 from regard.nn.boundary_predictor import BoundaryPredictor
 from regard.nn.deconstructed import (
     FixedTextQKAttention,
@@ -36,11 +38,17 @@ from regard.nn.softmax_only import (
     SoftmaxOnlyBlock,
     TemperatureAttention,
 )
+from regard.nn.temporal_heads import TemporalHeads, VideoClassifier, shift_heads
 from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 __all__ = [
+    "ATTNETS",
     "MIXERS",
+    "ATConv2d",
+    "ATConvTokenMixer",
     "Aaren",
+    "AttNet",
+    "AttNetSize",
     "BidirectionalFlowAttention",
     "BoundaryPredictor",
     "DeconstructedLanguageModel",
@@ -73,8 +81,12 @@ __all__ = [
     "StaticQKAttention",
     "TaylorAttention",
     "TemperatureAttention",
+    "TemporalHeads",
+    "VideoClassifier",
     "WholeTextRoutingAttention",
     "make_mixer",
     "replaced",
+    "routing_kernels",
+    "shift_heads",
     "without_layers",
 ]

@@ -1,5 +1,12 @@
 """Pure functions of tensors: no parameters, no model, differentiable where their mathematics is."""
 
+from regard.ops.atconv import (
+    KernelRedundancy,
+    attentive_conv2d,
+    kernel_redundancy,
+    lateral_inhibition,
+    run_pool,
+)
 from regard.ops.attention_scan import (
     Attended,
     attention_scan,
@@ -75,6 +82,7 @@ __all__ = [
     "Attended",
     "ClusterMemory",
     "FastWeights",
+    "KernelRedundancy",
     "TaylorState",
     "allocate_layer_budgets",
     "attention_dispersion",
@@ -83,6 +91,7 @@ __all__ = [
     "attention_scan",
     "attention_scan_step",
     "attention_shift",
+    "attentive_conv2d",
     "balanced_topk_routing",
     "causal_ceiling",
     "causal_flow_attention",
@@ -103,8 +112,10 @@ __all__ = [
     "head_entropy_penalty",
     "head_gates",
     "inner_gradient",
+    "kernel_redundancy",
     "kmeans_ema_statistics",
     "kmeans_ema_update",
+    "lateral_inhibition",
     "layer_preference",
     "lifetimes",
     "linear_attention",
@@ -119,6 +130,7 @@ __all__ = [
     "routed_attention",
     "routed_gates",
     "row_entropy_penalty",
+    "run_pool",
     "running_top_k",
     "sampled_rows",
     "scatter_mean",
