@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from regard.attach.session import dispatch
-from regard.engine import AttentionCall
+from regard.engine import AttentionCall, Mask
 
 
 class HookedAttention(nn.Module):
@@ -20,7 +20,7 @@ class HookedAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Mask | None = None,
         causal: bool | None = None,
         scaling: float | None = None,
         valid: Tensor | None = None,

@@ -100,7 +100,7 @@ class AttentionCall:
         key: Tensor,
         value: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Mask | None = None,
         causal: bool = True,
         scaling: float | None = None,
         **rest: object,

@@ -256,11 +256,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def as_mask(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Mask:
+def as_mask(mask: Tensor | Mask | None, queries: int, keys: int, causal: bool) -> Mask:
     """The mask of one attention call: None means causal when `causal` and there is more than one query, else full."""
     if mask is None:
         return CausalMask(keys) if causal and queries > 1 else FullMask(keys)
-    if isinstance(mask, DeferredMask):
+    if not isinstance(mask, Tensor) or isinstance(mask, DeferredMask):
         return mask
     if mask.dim() == 2:
         mask = mask[:, None, None, :].bool()

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from regard._errors import InputError
 from regard.attach.modules import HookedAttention
 from regard.engine import DeferredMask
+from regard.nn._visible import window_mask
 from regard.nn.mixer import Mixer, State
 from regard.nn.neural_memory import FastWeightMemory, NeuralMemory, PersistentTokens, part_of
 from regard.nn.projections import check_heads, merge_heads, split_heads
@@ -344,12 +345,8 @@ class WindowAttention(HookedAttention):
         tokens = hidden.shape[1]
         query, key, value = self._project(hidden)
         positions = torch.arange(tokens, device=hidden.device)
-
-        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & ((query - key < self.window) | (key < self.prefix))
-
         query, key = rotate(query, positions), rotate(key, positions)
-        mask = _mask(rule, (1, 1, tokens, tokens), None)
+        mask = window_mask(tokens, tokens, self.window, self.prefix)
         return merge_heads(self.attend(query, key, value, mask=mask))
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
