@@ -6,8 +6,8 @@ x_{t+1} = W x_t from a random real x_1. With e_t = (x_t; x_{t-1}), x_0 = 0, E_t 
     y_t = W_PV E_t E_t^* W_KQ e_t / (t - 1)
 
 is trained on L = 1/2 sum_{t=2}^{T-1} E ||y_t - x_{t+1}||^2 from W_KQ = a0 I in the block that takes x_t to x_{t-1}, and
-W_PV = [b0 I, 0]. If every mixed moment of x_1 with an odd exponent vanishes, gradient flow keeps that form, a^2 - b^2 is conserved,
-and
+W_PV = [b0 I, 0]. If every mixed moment of x_1 with an odd exponent vanishes, gradient flow keeps that form, a^2 - b^2 is
+conserved, and
 
     a b -> kappa1 / (kappa2 + kappa3 / (T - 2) sum_{t=2}^{T-1} 1 / (t - 1)),
 
@@ -16,7 +16,7 @@ kappa1 = E x_{1j}^4, kappa2 = E x_{1j}^6, kappa3 = sum_{r != j} E x_{1j}^2 x_{1r
     y_t = (a b / (t - 1)) sum_{i<t} x_{i+1} x_i^* x_t,
 
 one step of size a b from zero on the squared error of x_{i+1} = W x_i in its context: a mesa-optimiser. For long contexts
-y_t -> a b diag(|x_{1j}|^2) x_{t+1}, so that it recovers x_{t+1} only where a b x_{1j}^2 = 1: one-hot starts are predicted exactly,
+y_t -> a b diag(|x_{1j}|^2) x_{t+1}, which is x_{t+1} only where a b x_{1j}^2 = 1: one-hot starts are predicted exactly,
 Gaussian ones come out at a fifth of their size.
 
 `theory` has the predictions, `experiment` the layer and its training, and `MesaOptimization` puts them side by side.

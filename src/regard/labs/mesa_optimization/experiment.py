@@ -136,8 +136,9 @@ def form(value: Value, key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     in_value, in_key = diagonal_part(value.shape[-2])
     b, a = value[..., in_value], key[..., in_key]
     inside = a.abs().square().sum(-1) + b.abs().square().sum(-1)
-    whole = value.abs().square().sum((-2, -1)) + key.abs().square().sum((-2, -1))
-    stray = ((whole - inside).clamp(min=0) / inside).sqrt()
+    outside = value[..., ~in_value].abs().square().sum(-1)
+    outside = outside + key[..., ~in_key].abs().square().sum(-1)
+    stray = (outside / inside).sqrt()
     balance = (a.abs().square() - b.abs().square()).mean(-1)
     return (a * b).real.mean(-1).numpy(), balance.numpy(), stray.numpy()
 

@@ -93,19 +93,20 @@ class MesaOptimization(Lab):
 
     def predicted(self, trained: Trained) -> tuple[np.ndarray, np.ndarray]:
         """a b and the loss by the flow at the logged times, `[logs, seeds, starts]`."""
-        times = np.concatenate([[0.0], np.geomspace(1e-4, 1, 400)])
+        ends = trained.time[-1].max(0).astype(float)  # each start has its own pace
+        grid = np.concatenate([[0.0], np.geomspace(1e-4, 1, 400)])
+
+        def velocity(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
+            to_a, to_b = diagonal_velocity(a, b, self.moments, self.length)
+            return to_a * ends, to_b * ends
+
+        a, b = flow(velocity, (np.array(self.a), np.array(self.b)), grid, accuracy=1e-7)
+        losses = diagonal_loss(a, b, self.moments, self.dimension, self.length)
         product, loss = np.empty_like(trained.time), np.empty_like(trained.time)
-        for i, pair in enumerate(zip(self.a, self.b, strict=True)):
-            grid = times * float(trained.time[-1, :, i].max())
-            a, b = flow(
-                lambda a, b: diagonal_velocity(a, b, self.moments, self.length),
-                tuple(np.array([part]) for part in pair),
-                grid,
-            )
-            course = a[:, 0] * b[:, 0]
-            losses = diagonal_loss(a[:, 0], b[:, 0], self.moments, self.dimension, self.length)
-            product[..., i] = np.interp(trained.time[..., i], grid, course)
-            loss[..., i] = np.interp(trained.time[..., i], grid, losses)
+        for i, end in enumerate(ends):
+            share = trained.time[..., i] / end
+            product[..., i] = np.interp(share, grid, a[:, i] * b[:, i])
+            loss[..., i] = np.interp(share, grid, losses[:, i])
         return product, loss
 
     def answers(self, trained: Trained) -> Answers:

@@ -14,7 +14,7 @@ For large d and L the loss of that reduced model is
     1 + s2 - 2 mu . omega + mu^T A mu,      A = omega omega^T + ((1 + s2) / L) exp(d omega omega^T)   (exp entry by entry).
 
 One head is a kernel smoother with a finite omega. Two heads of opposite sign cancel the mean of the labels and, as omega shrinks
-at fixed 2 omega mu = eta, become one step of debiased gradient descent, `(eta / L) sum_l y_l <x_l - mean x, x_q>`, with the smaller
+at fixed 2 omega mu = eta, become a step of debiased gradient descent, `(eta / L) sum_l y_l <x_l - mean x, x_q>`, with the smaller
 loss 1 + s2 - eta*, eta* = 1 / (1 + (1 + s2) d / L). More heads do not help; other input covariances give preconditioned descent;
 with several labels, heads can be shared between them.
 

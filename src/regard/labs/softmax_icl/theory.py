@@ -122,7 +122,7 @@ def task_risks(
     matrices. Two heads give the tasks one matrix up to scale, and N + 1 heads already give each of N tasks its own, which is
     why heads can be shared. This count is ours; the paper reports the sharing.
 
-    A diagonal W costs `|S| + s2 - 2 (1 - 1/L) sum_S w + sum_j v_j w_j^2` with `v = (1 - 1/L) (L [j in S] + |S| + s2) / L`; for the
+    A diagonal W costs `|S| + s2 - 2 (1 - 1/L) sum_S w + sum_j v_j w_j^2`, `v = (1 - 1/L) (L [j in S] + |S| + s2) / L`; for the
     common matrix, W_k = m_k w is fitted by alternating between m and w.
     """
     use, extra = uses.astype(float), np.asarray(noise, float)
