@@ -294,7 +294,7 @@ def record_flow(run: Run, lab: SoftmaxICL, checks: dict[str, Check]) -> None:
         "infimum",
         here=end.measured - end.predicted,
         setting=where,
-        note=f"{end.measured:.5f} over {end.predicted:.5f}; starts whose omega + mu all have one sign keep it and end as one head",
+        note=f"{end.measured:.5f} over {end.predicted:.5f}; starts with all omega + mu of one sign end as one head",
     )
     run.record(
         "signs",

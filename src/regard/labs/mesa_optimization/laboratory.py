@@ -75,8 +75,15 @@ class MesaOptimization(Lab):
 
     def draw(self, batch: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Sequences of this law."""
-        law = {"scale": self.scale, "share": self.share}
-        return draw(self.start, self.dimension, self.length, batch, generator, **law)
+        return draw(
+            self.start,
+            self.dimension,
+            self.length,
+            batch,
+            generator,
+            scale=self.scale,
+            share=self.share,
+        )
 
     def trained(self) -> Trained:
         """The layer trained from every start, every seed on its own sequences."""
