@@ -68,10 +68,11 @@ def delta_rule(
     values, keys = solved.split([value.shape[-1], dim], -1)
     weights = (query @ key.mT).tril()
     read = []
-    for i in range(query.shape[2]):
-        written = values[:, :, i] - keys[:, :, i] @ now.mT
-        read.append(query[:, :, i] @ now.mT + weights[:, :, i] @ written)
-        now = now + written.mT @ key[:, :, i]
+    chunks = (part.unbind(2) for part in (query, key, keys, values, weights))  # one gradient each
+    for asked, held, solved_keys, solved_values, weight in zip(*chunks, strict=True):
+        written = solved_values - solved_keys @ now.mT
+        read.append(asked @ now.mT + weight @ written)
+        now = now + written.mT @ held
     return torch.cat(read, 2)[:, :, :tokens], now
 
 

@@ -104,21 +104,25 @@ def fast_weight_scan(
     query, key, value, step = (slots.gather(part, 2) for part in (query, key, value, step))
     momentum = None if momentum is None else slots.gather(momentum, 2)
     decay = None if decay is None else slots.gather(decay, 2)
+    sizes = [last - first for first, last in slots.parts]
+
+    def parts(states: Tensor | None) -> Sequence[Tensor | None]:
+        """One view a part: slices in the loop would each cost a gradient of the whole length."""
+        return [None] * len(sizes) if states is None else states.split(sizes, 2)
+
+    filled = parts(None if slots.filled is None else slots.filled[:, None])
     read = []
-    for first, last in slots.parts:
-        part = slice(first, last)
-        filled = None if slots.filled is None else slots.filled[:, None, part]
-        recurrence = _recurrence(
-            step[:, :, part],
-            None if momentum is None else momentum[:, :, part],
-            None if decay is None else decay[:, :, part],
-            filled,
-        )
-        gradient = inner_gradient(memory.start, key[:, :, part], value[:, :, part])
+    for asked, held, wanted, rate, kept, forgotten, here in zip(
+        *(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), step.split(sizes, 2)),
+        *(parts(momentum), parts(decay), filled),
+        strict=True,
+    ):
+        gradient = inner_gradient(memory.start, held, wanted)
         if clip is not None:
             gradient = soft_clamp(gradient, clip)
-        out, weights, surprise = _chunk(memory, query[:, :, part], gradient, recurrence)
-        added = last - first if filled is None else filled[:, 0].sum(1)
+        recurrence = _recurrence(rate, kept, forgotten, here)
+        out, weights, surprise = _chunk(memory, asked, gradient, recurrence)
+        added = held.shape[2] if here is None else here[:, 0].sum(1)
         memory = _advance(memory, weights, surprise, memory.count + added, chunk)
         read.append(out)
     out = slots.scatter(torch.cat(read, 2), 2)
