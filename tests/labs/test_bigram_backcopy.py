@@ -161,3 +161,19 @@ def test_impossible_settings_are_refused():
         lab.train(lab.Recipe(lab.Size(1, 8, 8), optimiser="adam"), small(), [0])
     with pytest.raises(InputError, match="sum 1"):
         lab.sink_logit_ode(np.ones(3), np.ones(3), 5, np.array([1.0]))
+
+
+def test_the_laboratory_reports_every_measure_and_writes_its_film(tmp_path):
+    result = lab.BigramBackcopy(
+        layers=2, symbols=8, width=8, length=10, batch=4, steps=10, logs=2
+    ).run()
+    assert {
+        "drain (layer 1)",
+        "peak (site 2)",
+        "entropy (layer 0)",
+        "delta logit (layer 0)",
+    } <= set(result.series)
+    assert set(result.checks) == {"sink", "copy", "drain", "active"}
+    assert result.checks["sink"].holds is not True  # ten steps teach nothing
+    names = {path.name for path in result.write(tmp_path)}
+    assert {"film.png", "film.gif", "series.csv"} <= names

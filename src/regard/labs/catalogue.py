@@ -62,6 +62,10 @@ LABS: dict[str, Listed] = {
         "attention as conditioning: how many associations a memory holds, and which rules block, shadow and forget",
         "pavlovian:Pavlovian",
     ),
+    "bigram-backcopy": Listed(
+        "how an attention sink, a drained value and a residual peak form together: heads that are active only at triggers",
+        "bigram_backcopy:BigramBackcopy",
+    ),
 }
 
 

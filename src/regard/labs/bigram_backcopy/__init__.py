@@ -23,6 +23,7 @@ Source: Guo et al. 2024, "Active-Dormant Attention Heads".
 from __future__ import annotations
 
 from regard.labs.bigram_backcopy.data import Backcopy, backcopy, transitions
+from regard.labs.bigram_backcopy.laboratory import BackcopyResult, BigramBackcopy
 from regard.labs.bigram_backcopy.models import Models, Size
 from regard.labs.bigram_backcopy.theory import (
     drain_limit,
@@ -36,6 +37,8 @@ from regard.labs.bigram_backcopy.training import Course, Recipe, intervene, trai
 
 __all__ = [
     "Backcopy",
+    "BackcopyResult",
+    "BigramBackcopy",
     "Course",
     "Models",
     "Recipe",
