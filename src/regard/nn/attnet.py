@@ -109,11 +109,21 @@ class AttNet(nn.Module):
             zip(size.depths, dims, size.ratios, strict=True)
         ):
             between = _halving(dims[index - 1], width, 2) if index else []
-            blocks = [_Block(width, ratio, size, next(drops), mixer) for _ in range(depth)]
+            blocks = [
+                AttNetBlock(
+                    width,
+                    ratio,
+                    mixer,
+                    drop=next(drops),
+                    scaled=size.scaled,
+                    normalised=size.normalised,
+                )
+                for _ in range(depth)
+            ]
             self.stages.append(nn.Sequential(*between, *blocks))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
         self.head = nn.Linear(dims[-1], classes)
-        self.apply(_initialise)
+        self.apply(initialise_attnet)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"]
@@ -148,24 +158,37 @@ class GatedFeedForward(nn.Module):
         return self.fc2(self.norm(functional.gelu(self.depthwise(gate)) * value))
 
 
-class _Block(nn.Module):
+class AttNetBlock(nn.Module):
+    """Mixer and gated feed-forward layer, each after a norm and beside a residual connection.
+
+    Args:
+        width: channels.
+        ratio: expansion of the feed-forward layer.
+        mixer: makes the mixer from the width.
+        drop: chance to leave either out, by image, in training.
+        scaled: whether what they add is scaled, from 1e-6 on.
+        normalised: whether the feed-forward layer normalises before its last map.
+    """
+
     def __init__(
         self,
         width: int,
         ratio: int,
-        size: AttNetSize,
-        drop: float,
-        mixer: Callable[[int], nn.Module],
+        mixer: Callable[[int], nn.Module] = ATConv2d,
+        *,
+        drop: float | int = 0.0,
+        scaled: bool = False,
+        normalised: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = _OverChannels(nn.LayerNorm(width, eps=1e-6))
         self.norm2 = _OverChannels(nn.LayerNorm(width, eps=1e-6))
         self.mixer = mixer(width)
-        self.feed_forward = GatedFeedForward(width, ratio, normalised=size.normalised)
+        self.feed_forward = GatedFeedForward(width, ratio, normalised=normalised)
         self.drop = drop
-        scales = [nn.Parameter(torch.full((width,), 1e-6)) if size.scaled else None] * 2
-        for name, scale in zip(("gamma1", "gamma2"), scales, strict=True):
-            self.register_parameter(name, None if scale is None else nn.Parameter(scale.clone()))
+        for name in ("gamma1", "gamma2"):
+            scale = nn.Parameter(torch.full((width,), 1e-6)) if scaled else None
+            self.register_parameter(name, scale)
 
     def forward(self, features: Tensor) -> Tensor:
         features = features + self._kept(self.mixer(self.norm1(features)), self.gamma1)
@@ -202,7 +225,8 @@ def _halving(channels: int, width: int, stride: int) -> list[nn.Module]:
     return [convolution, nn.BatchNorm2d(width)]
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise_attnet(module: nn.Module) -> None:
+    """Truncated normal weights of spread 0.02 and zero biases: `model.apply(initialise_attnet)`."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
