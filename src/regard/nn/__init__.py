@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regard.nn.aaren import Aaren
 from regard.nn.atconv import ATConv2d, ATConvTokenMixer, routing_kernels
-from regard.nn.attnet import ATTNETS, AttNet, AttNetSize
+from regard.nn.attnet import ATTNETS, AttNet, AttNetBlock, AttNetSize
 from regard.nn.boundary_predictor import BoundaryPredictor
 from regard.nn.deconstructed import (
     FixedTextQKAttention,
@@ -48,6 +48,7 @@ __all__ = [
     "ATConvTokenMixer",
     "Aaren",
     "AttNet",
+    "AttNetBlock",
     "AttNetSize",
     "BidirectionalFlowAttention",
     "BoundaryPredictor",
