@@ -294,7 +294,7 @@ def record_flow(run: Run, lab: SoftmaxICL, checks: dict[str, Check]) -> None:
         "infimum",
         here=end.measured - end.predicted,
         setting=where,
-        note=f"{end.measured:.5f} over {end.predicted:.5f}; starts with all omega + mu of one sign end as one head",
+        note=f"{end.measured:.5f} over {end.predicted:.5f}; with omega + mu of one sign all may end as one head",
     )
     run.record(
         "signs",
@@ -307,7 +307,7 @@ def record_flow(run: Run, lab: SoftmaxICL, checks: dict[str, Check]) -> None:
         here=100 * checks["groups"].measured,
         setting=where,
         note=f"of starts where omega + mu has both signs {100 * checks['mixed groups'].measured:.4g} %; "
-        "it grows first, and heads keep its sign",
+        "it grows first",
     )
     run.record(
         "sum",

@@ -36,7 +36,7 @@ def group_checks(omega: np.ndarray, mu: np.ndarray, loss: np.ndarray) -> list[Ch
     spread = np.sqrt((weight[-1] * (size - mean[:, None]) ** 2).sum(-1)) / mean
     both = (omega[-1] > 0).any(1) & (omega[-1] < 0).any(1)
     sums = np.abs(mu[-1].sum(1)) / np.abs(mu[-1]).sum(1)
-    early = omega[0] + mu[0]  # what grows first; the heads keep its signs
+    early = omega[0] + mu[0]  # what grows first
     mixed = (early > 0).any(1) & (early < 0).any(1)
     return [
         Check(
