@@ -24,8 +24,9 @@ def film(course: Course, frames: int = 6) -> Figure:
     import matplotlib.pyplot as plt
 
     at = np.unique(np.linspace(0, len(course.steps) - 1, frames).round().astype(int))
-    figure = plt.figure(figsize=(1.5 * len(at) + 1, 4.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    figure = plt.figure(figsize=(max(8.5, 1.5 * len(at) + 1), 4.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    above, below = parts
     axes = above.subplots(1, len(at), sharey=True, squeeze=False)[0]
     image: Any = None
     for ax, time in zip(axes, at, strict=True):
