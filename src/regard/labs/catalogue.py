@@ -66,6 +66,10 @@ LABS: dict[str, Listed] = {
         "how an attention sink, a drained value and a residual peak form together: heads that are active only at triggers",
         "bigram_backcopy:BigramBackcopy",
     ),
+    "brain-basis": Listed(
+        "mechanisms that a perspective on brains names: latching states, phase gates and codes, sparse networks, gated learning",
+        "brain_basis:BrainBasis",
+    ),
 }
 
 
