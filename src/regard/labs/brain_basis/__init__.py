@@ -7,7 +7,7 @@ nothing measured here is a result of the paper.
 | mechanism | here | told by |
 |---|---|---|
 | states that hold themselves, tire and give way | `latching_attention` | keys visited, dwell, successors |
-| oscillations that open and close channels, nested | `phase_gated_attention`, `nested_attention` | leak exp(-2 kappa), sender heard |
+| rhythms that open and close channels, nested | `phase_gated_attention`, `nested_attention` | leak exp(-2 kappa), sender |
 | level told by phase | `simulate` | first-spike phase beside rate |
 | sparse, skewed, small-world networks with a rich club | `sparse_brain_graph` | ratios over degree-preserving shuffles |
 | learning gated by sparse events | `event_gated_learning` | error beside number of updates |
