@@ -144,13 +144,18 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="*", default=list(MIXERS), choices=list(MIXERS))
     parser.add_argument("--longest", type=int, default=65536)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "build.json")
+    parser.add_argument("--keep", action="store_true", help="keep what the file has of others")
     given = parser.parse_args()
     torch.set_num_threads(1)
     lengths = [1024 * 2**k for k in range(20) if 1024 * 2**k <= given.longest]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if given.keep and given.out.is_file():
+        held = json.loads(given.out.read_text())["rows"]
+        rows = [row for row in held if row["mixer"] not in given.mixers]
     for name in given.mixers:
         rows.append(measure(name, lengths))
         print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: list(MIXERS).index(row["mixer"]))
     held = {
         "width": WIDTH,
         "heads": HEADS,

@@ -58,10 +58,6 @@ LABS: dict[str, Listed] = {
         "a one-layer transformer stores facts in its MLP: which of them questions about others make extractable",
         "filtering_storing:FilteringStoring",
     ),
-    "pavlovian": Listed(
-        "attention as conditioning: how many associations a memory holds, and which rules block, shadow and forget",
-        "pavlovian:Pavlovian",
-    ),
     "bigram-backcopy": Listed(
         "how an attention sink, a drained value and a residual peak form together: heads that are active only at triggers",
         "bigram_backcopy:BigramBackcopy",

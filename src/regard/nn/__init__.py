@@ -21,6 +21,7 @@ from regard.nn.deconstructed_model import (
 )
 from regard.nn.delta_rule import DeltaRule
 from regard.nn.dynamic_mask_attention import DynamicMaskAttention, LinearDynamicMaskAttention
+from regard.nn.dynamical_system import as_dynamical_system, softmax_system
 from regard.nn.flow_attention import BidirectionalFlowAttention, FlowAttention
 from regard.nn.language_model import LanguageModel, LanguageModelConfig
 from regard.nn.linear_attention import LinearAttention
@@ -28,7 +29,10 @@ from regard.nn.mixer import Mixer
 from regard.nn.mixers import MIXERS, make_mixer
 from regard.nn.mixture_of_heads import MixtureOfHeads
 from regard.nn.neural_memory import NeuralMemory
+from regard.nn.normalised_attention import NormalisedAttention
+from regard.nn.qlstm import QLSTM, ReversedQLSTM
 from regard.nn.routing_attention import RoutingAttention, WholeTextRoutingAttention
+from regard.nn.selective_state_space import S6, SSD
 from regard.nn.sigma_reparam import SigmaReparamConv2d, SigmaReparamLinear
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 from regard.nn.softmax_only import (
@@ -44,6 +48,9 @@ from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 __all__ = [
     "ATTNETS",
     "MIXERS",
+    "QLSTM",
+    "S6",
+    "SSD",
     "ATConv2d",
     "ATConvTokenMixer",
     "Aaren",
@@ -69,7 +76,9 @@ __all__ = [
     "MixtureOfHeads",
     "NeuralMemory",
     "NoMixing",
+    "NormalisedAttention",
     "RandomQKAttention",
+    "ReversedQLSTM",
     "RoutingAttention",
     "RowEntropyRegularizer",
     "ScaledFusedFFN",
@@ -85,9 +94,11 @@ __all__ = [
     "TemporalHeads",
     "VideoClassifier",
     "WholeTextRoutingAttention",
+    "as_dynamical_system",
     "make_mixer",
     "replaced",
     "routing_kernels",
     "shift_heads",
+    "softmax_system",
     "without_layers",
 ]

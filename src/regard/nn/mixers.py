@@ -21,7 +21,10 @@ from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
 from regard.nn.mixture_of_heads import MixtureOfHeads
 from regard.nn.neural_memory import NeuralMemory
+from regard.nn.normalised_attention import NormalisedAttention
+from regard.nn.qlstm import QLSTM, ReversedQLSTM
 from regard.nn.routing_attention import RoutingAttention
+from regard.nn.selective_state_space import S6, SSD
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 from regard.nn.softmax_only import TemperatureAttention
 from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -40,11 +43,16 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "memory_as_layer": MemoryAsLayer,
     "moh": MixtureOfHeads,
     "no_mixing": NoMixing,
+    "normalised": NormalisedAttention,
+    "qlstm": QLSTM,
+    "qlstm_reversed": ReversedQLSTM,
     "random_qk": RandomQKAttention,
     "routing": RoutingAttention,
+    "s6": S6,
     "self_gated": SelfGatedAttention,
     "sliding": SlidingWindowAttention,
     "softmax": SoftmaxAttention,
+    "ssd": SSD,
     "static_qk": StaticQKAttention,
     "taylor": TaylorAttention,
     "temperature": TemperatureAttention,

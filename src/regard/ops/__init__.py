@@ -20,6 +20,7 @@ from regard.ops.attention_statistics import (
     strongest_attention,
 )
 from regard.ops.budgets import allocate_layer_budgets, pyramid_budgets
+from regard.ops.decayed_attention import decayed_linear_attention
 from regard.ops.delta_rule import delta_rule
 from regard.ops.dynamic_mask import (
     dynamic_mask,
@@ -28,6 +29,17 @@ from regard.ops.dynamic_mask import (
     running_top_k,
     value_importance,
     value_importance_linear,
+)
+from regard.ops.dynamical_system import (
+    DynamicalSystem,
+    equivalent_normalisers,
+    gated_system,
+    memory_horizon,
+    selective_system,
+    separable_system,
+    state_products,
+    system_scan,
+    transfer_matrix,
 )
 from regard.ops.entropy_bound import entropy_lower_bound, extremal_scores, score_norm
 from regard.ops.entropy_regularisation import (
@@ -75,12 +87,19 @@ from regard.ops.kmeans_routing import (
     scatter_mean,
 )
 from regard.ops.linear_attention import causal_linear_attention, linear_attention
+from regard.ops.linear_recurrence import linear_recurrence
 from regard.ops.position_softmax import position_softmax, self_gate
+from regard.ops.softmax_expansion import (
+    exponential_features,
+    feature_count,
+    truncated_exponential,
+)
 from regard.ops.taylor_attention import TaylorState, separate_taylor_attention, taylor_attention
 
 __all__ = [
     "Attended",
     "ClusterMemory",
+    "DynamicalSystem",
     "FastWeights",
     "KernelRedundancy",
     "TaylorState",
@@ -98,17 +117,22 @@ __all__ = [
     "causal_linear_attention",
     "chosen_heads",
     "conserved_flows",
+    "decayed_linear_attention",
     "delta_rule",
     "dynamic_mask",
     "dynamic_mask_attention",
     "entropic_overload",
     "entropy_lower_bound",
+    "equivalent_normalisers",
     "eviction_score",
     "expected_attention",
+    "exponential_features",
     "extremal_scores",
     "fast_weight_scan",
+    "feature_count",
     "flow_attention",
     "flow_attention_step",
+    "gated_system",
     "head_entropy_penalty",
     "head_gates",
     "inner_gradient",
@@ -119,7 +143,9 @@ __all__ = [
     "layer_preference",
     "lifetimes",
     "linear_attention",
+    "linear_recurrence",
     "load_balance_loss",
+    "memory_horizon",
     "merge_attention",
     "position_softmax",
     "prefix_routed_attention",
@@ -135,12 +161,18 @@ __all__ = [
     "sampled_rows",
     "scatter_mean",
     "score_norm",
+    "selective_system",
     "self_gate",
+    "separable_system",
     "separate_taylor_attention",
     "soft_clamp",
+    "state_products",
     "straight_through_gates",
     "strongest_attention",
+    "system_scan",
     "taylor_attention",
+    "transfer_matrix",
+    "truncated_exponential",
     "value_importance",
     "value_importance_linear",
 ]

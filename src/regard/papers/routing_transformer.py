@@ -164,8 +164,8 @@ def experiment(run: Run) -> None:
     run.figure("coverage", _draw_coverage(caught))
 
 
-RECALL_STEPS = 200
-TEXT_STEPS = 80
+RECALL_STEPS = 500
+TEXT_STEPS = 150
 
 
 def _record_cost(run: Run) -> dict[str, dict[int, int]]:

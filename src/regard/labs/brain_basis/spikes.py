@@ -120,7 +120,7 @@ def decode(one: Float[np.ndarray, "cycles"], two: Float[np.ndarray, "cycles"]) -
     1.0
     """
     train = [np.nanmean(x[::2]) if np.isfinite(x[::2]).any() else np.nan for x in (one, two)]
-    if not np.isfinite(train).all() or train[0] == train[1]:
+    if not np.isfinite(np.array(train)).all() or train[0] == train[1]:
         return 0.5
     middle, sign = sum(train) / 2, math.copysign(1, train[1] - train[0])
     right = []
