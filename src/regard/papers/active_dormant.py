@@ -1,4 +1,4 @@
-"""Active-Dormant Attention Heads (arXiv 2410.13835): how extreme tokens form in a small model, and what a pretrained one shows.
+"""Active-Dormant Attention Heads (arXiv 2410.13835): the measurement part, on a pretrained model.
 
 The paper explains three extreme-token phenomena, attention sinks, value-state drains and residual-state peaks, by heads that are
 active on some inputs and parked on the first token on others. Checked here on SmolLM2:
@@ -7,8 +7,8 @@ active on some inputs and parked on the first token on others. Checked here on S
 * domain switching: which heads park on prose and not on code or the reverse, and whether silencing such a head costs more in
   the domain where it is active. Heads are chosen on one half of the windows, their cost is measured on the other half.
 
-And in the laboratory `regard.labs.bigram_backcopy`: the flow of one query against its closed forms; transformers of one and of
-three layers trained on Bigram-Backcopy, with ReLU attention and with SGD beside softmax and Adam.
+In the laboratory (they need training runs and are not recorded here): the Bigram-Backcopy task, the logarithmic growth of the
+sink logits and their closed forms, ReLU attention and SGD, which take the phenomena away.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from regard.instruments.values import ValueDrain
 from regard.instruments.writers import Writers
 from regard.interventions import ZeroHeads
 from regard.papers import Claim, Paper, Run
-from regard.papers import _bigram_backcopy_runs as laboratory
-from regard.papers._bigram_backcopy_claims import CLAIMS, record_laboratory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,20 +101,12 @@ PAPER = Paper(
             setting="OLMo-7B checkpoints",
             beyond="checkpoints of a pre-training run are not at hand",
         ),
-        *CLAIMS,
     ],
     needs=("matplotlib",),
 )
 
 
 def experiment(run: Run) -> None:
-    scale = laboratory.Scale(width=8, length=10, batch=4, steps=10, deep_steps=10)
-    record_laboratory(run, run.pick(quick=scale, full=laboratory.Scale()))
-    measure_model(run)
-
-
-def measure_model(run: Run) -> None:
-    """Everything that is measured on the pretrained model."""
     model = run.model()
     windows, length = run.pick(quick=(2, 48), full=(16, 128))
     top = run.pick(quick=2, full=6)
