@@ -23,6 +23,7 @@ from regard.nn.delta_rule import DeltaRule
 from regard.nn.dynamic_mask_attention import DynamicMaskAttention, LinearDynamicMaskAttention
 from regard.nn.dynamical_system import as_dynamical_system, softmax_system
 from regard.nn.flow_attention import BidirectionalFlowAttention, FlowAttention
+from regard.nn.graph_isomorphic import GINAttention, PNAAttention
 from regard.nn.language_model import LanguageModel, LanguageModelConfig
 from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
@@ -65,6 +66,7 @@ __all__ = [
     "EntropyRegularizer",
     "FixedTextQKAttention",
     "FlowAttention",
+    "GINAttention",
     "LanguageModel",
     "LanguageModelConfig",
     "LinearAttention",
@@ -77,6 +79,7 @@ __all__ = [
     "NeuralMemory",
     "NoMixing",
     "NormalisedAttention",
+    "PNAAttention",
     "RandomQKAttention",
     "ReversedQLSTM",
     "RoutingAttention",

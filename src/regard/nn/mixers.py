@@ -17,6 +17,7 @@ from regard.nn.deconstructed import (
 from regard.nn.delta_rule import DeltaRule
 from regard.nn.dynamic_mask_attention import DynamicMaskAttention, LinearDynamicMaskAttention
 from regard.nn.flow_attention import FlowAttention
+from regard.nn.graph_isomorphic import GINAttention, PNAAttention
 from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
 from regard.nn.mixture_of_heads import MixtureOfHeads
@@ -36,6 +37,7 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "dma-linear": LinearDynamicMaskAttention,
     "fixed_text_qk": FixedTextQKAttention,
     "flow": FlowAttention,
+    "gin": GINAttention,
     "linear": LinearAttention,
     "memory": NeuralMemory,
     "memory_as_context": MemoryAsContext,
@@ -44,6 +46,7 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "moh": MixtureOfHeads,
     "no_mixing": NoMixing,
     "normalised": NormalisedAttention,
+    "pna": PNAAttention,
     "qlstm": QLSTM,
     "qlstm_reversed": ReversedQLSTM,
     "random_qk": RandomQKAttention,

@@ -28,6 +28,7 @@ from regard.weights.mixture_of_heads import (
 )
 from regard.weights.rope import Interpolation, rope_interpolate
 from regard.weights.sigma_reparam import convert_sigma_reparam, fuse_sigma_reparam
+from regard.weights.sparse_gin import SelfLoopGIN, SparseGIN, sparse_gin
 
 __all__ = [
     "ADAPTER_POINTS",
@@ -36,6 +37,8 @@ __all__ = [
     "LinearAdapter",
     "QueryNormHeads",
     "RoutedHeads",
+    "SelfLoopGIN",
+    "SparseGIN",
     "attach_linear_adapters",
     "capture_second_moments",
     "compress_rank_one",
@@ -53,5 +56,6 @@ __all__ = [
     "merge_ties",
     "mixture_of_heads",
     "rope_interpolate",
+    "sparse_gin",
     "spread_heads",
 ]
