@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from regard._errors import RegardError
+from regard.attach.cache_names import cache_argument
 from regard.cache import Cache, Full, Layer, Scorer
 from regard.cache.budgets import Uniform
-from regard.cache.models import cache_argument
 
 NO_CACHE = "no KV cache|no attention layers"
 NO_INTERFACE = "without transformers' attention interface"

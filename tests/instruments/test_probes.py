@@ -21,6 +21,7 @@ from transformers import (
 
 from regard._errors import InputError
 from regard.attach import attach
+from regard.attach.cache_names import cache_argument, returned_cache
 from regard.engine import AttentionCall, Pipeline, attend
 from regard.instruments.probes import (
     DuplicateToken,
@@ -115,9 +116,19 @@ def test_cached_steps_add_up_to_one_pass():
     whole = measured(model, input_ids=tokens)
     instruments = (PreviousToken(), DuplicateToken(), Induction())
     with torch.no_grad(), attach(model, *instruments):
-        cache = model(input_ids=tokens[:, :11], use_cache=True).past_key_values
+        cache = returned_cache(model(input_ids=tokens[:, :11], use_cache=True))
         for i in range(11, 20):
-            model(input_ids=tokens[:, i : i + 1], past_key_values=cache)
+            model(input_ids=tokens[:, i : i + 1], **{cache_argument(model): cache})
+    for name, measure in [p for i in instruments for p in i.compute().items()]:
+        torch.testing.assert_close(measure.matrix(), whole[name], atol=1e-6, rtol=1e-5)
+
+
+def test_generation_is_read_like_one_pass_over_what_it_wrote():
+    model, prompt = llama(), torch.randint(0, 7, (1, 12))
+    instruments = (PreviousToken(), DuplicateToken(), Induction())
+    with torch.no_grad(), attach(model, *instruments):
+        tokens = model.generate(prompt, max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    whole = measured(model, input_ids=tokens[:, :-1])  # the last token is written and not read
     for name, measure in [p for i in instruments for p in i.compute().items()]:
         torch.testing.assert_close(measure.matrix(), whole[name], atol=1e-6, rtol=1e-5)
 
@@ -126,9 +137,9 @@ def test_a_sliding_cache_keeps_the_right_places():
     model, tokens = mistral(), torch.randint(0, 5, (1, 20))
     whole = measured(model, input_ids=tokens)["induction"]
     with torch.no_grad(), attach(model, instrument := Induction()):
-        cache = model(input_ids=tokens[:, :11], use_cache=True).past_key_values
+        cache = returned_cache(model(input_ids=tokens[:, :11], use_cache=True))
         for i in range(11, 20):
-            model(input_ids=tokens[:, i : i + 1], past_key_values=cache)
+            model(input_ids=tokens[:, i : i + 1], **{cache_argument(model): cache})
     found = instrument.compute()["induction"].matrix()
     torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-5)
 
@@ -136,9 +147,9 @@ def test_a_sliding_cache_keeps_the_right_places():
 def test_generation_from_the_middle_finds_no_copies_of_unseen_tokens():
     model, tokens = llama(), torch.randint(0, 5, (1, 12))
     with torch.no_grad():
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
+        cache = returned_cache(model(input_ids=tokens, use_cache=True))
         with attach(model, instrument := DuplicateToken()):
-            model(input_ids=tokens[:, :1], past_key_values=cache)
+            model(input_ids=tokens[:, :1], **{cache_argument(model): cache})
     assert instrument.compute()["duplicate_token"].matrix().isnan().all()
 
 

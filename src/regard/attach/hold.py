@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regard.attach import compat
+from regard.attach.cache_names import given_cache
 from regard.attach.session import _LOCK, Session, arguments_of
 from regard.engine import AttentionCall
 
@@ -90,9 +91,7 @@ class Hold(Session):
 
 def listener_of(arguments: dict[str, Any]) -> Listener | None:
     """regard's cache among a model's arguments, alone or as the decoder's part of an encoder-decoder cache."""
-    given = arguments.get("cache")
-    if given is None:
-        given = arguments.get("past_key_values")
+    given = given_cache(arguments)
     given = getattr(given, "self_attention_cache", given)
     return given if hasattr(given, "entering") else None
 

@@ -21,6 +21,7 @@ import torch
 
 from regard._errors import InputError
 from regard._progress import progress
+from regard.attach.cache_names import cache_argument
 from regard.bench.documents import CONTINUATION, Document, builtin_documents, text_documents
 from regard.bench.exam import SHORTEST, make_exam
 from regard.bench.grader import Grader
@@ -29,7 +30,6 @@ from regard.bench.results import FULL, LIBRARY, Results, Row
 from regard.bench.store import Store
 from regard.cache.budget import check_size
 from regard.cache.calibration import Calibration, calibrate
-from regard.cache.models import cache_argument
 from regard.plan import Named, fingerprint
 from regard.plan.methods import Size
 from regard.plan.plan import calibration_of

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from regard.attach.cache_names import cache_argument, takes
 from regard.bench.exam import Exam, Question
 from regard.cache import Cache
-from regard.cache.models import cache_argument, takes
 from regard.metrics import kl_divergence, negative_log_likelihood, top1_agreement
 
 BATCH_BYTES = 512e6

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.attach.cache_names import cache_argument, takes
 from regard.bench.machine import Measured, measured
 from regard.bench.scoring import held_bytes, read
 from regard.cache import Cache
-from regard.cache.models import cache_argument, takes
 
 STEPS = 24
 

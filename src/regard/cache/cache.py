@@ -26,11 +26,12 @@ from transformers import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
 from regard._errors import InputError
+from regard.attach.cache_names import cache_argument, given_cache, takes
 from regard.attach.hold import hold
 from regard.cache.budget import Budget
 from regard.cache.eviction import evict
 from regard.cache.layer import Layer
-from regard.cache.models import cache_argument, make_layers, takes
+from regard.cache.models import make_layers
 from regard.cache.scorer import Scorer
 from regard.cache.seam import Tag
 from regard.cache.store import Ragged
@@ -221,7 +222,7 @@ class Cache(TransformersCache):
         self._tag, self._waiting = None, []
         decoder = arguments.get("decoder_attention_mask")
         encodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        if encodes and self in (arguments.get("cache"), arguments.get("past_key_values")):
+        if encodes and given_cache(arguments) is self:
             raise InputError(
                 f"{type(self.model).__name__} has an encoder, whose keys need a cache of their own: pass "
                 "transformers.EncoderDecoderCache(cache, DynamicCache())"

@@ -1,4 +1,4 @@
-"""What a cache must know of a model: its layers, and the name of its cache argument.
+"""The cache layers that a model needs.
 
 Layers with plain or sliding-window attention become regard's; what else a hybrid model keeps (convolution and recurrent states,
 sparse indexers) stays with transformers' own layer classes.
@@ -7,8 +7,6 @@ sparse indexers) stays with transformers' own layer classes.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,32 +22,6 @@ from transformers.cache_utils import (
 
 from regard._errors import InputError
 from regard.cache.layer import Layer
-
-
-def cache_argument(model: nn.Module) -> str:
-    """The name under which the model's `forward` takes a cache."""
-    if not isinstance(model, PreTrainedModel) and not any(
-        isinstance(part, PreTrainedModel) for part in model.modules()
-    ):
-        raise InputError.of("model", given=type(model).__name__, expected="a transformers model")
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            for name in ("cache", "past_key_values"):
-                if takes(part, name):
-                    return name
-    raise InputError(
-        f"{type(model).__name__} has no KV cache: its forward takes no cache of keys and values"
-    )
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's `forward` names this argument."""
-    return name in _parameters(type(model))
-
-
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def make_layers(

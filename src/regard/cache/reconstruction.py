@@ -93,7 +93,7 @@ def reconstruct(
     """
     from transformers import DynamicCache
 
-    from regard.cache.models import cache_argument
+    from regard.attach.cache_names import cache_argument
     from regard.pretrained import tokenizer_of
 
     if len(ids) != 1:

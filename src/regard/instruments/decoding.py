@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard.attach.cache_names import cache_argument, returned_cache
+
 
 @dataclass
 class Prefix:
@@ -55,7 +57,7 @@ def prefill(model: Any, prompts: Sequence[Int[Tensor, " _"]], pad: int = 0) -> P
         ids[row, before:], valid[row, before:] = prompt, True
     ids, valid = ids.to(device), valid.to(device)
     output = _forward(model, ids[:, :-1], valid[:, :-1], None, keep=1)
-    return Prefix(ids, valid, output.past_key_values, padding)
+    return Prefix(ids, valid, returned_cache(output), padding)
 
 
 @torch.no_grad()
@@ -143,7 +145,7 @@ def _forward(model: Any, ids: Tensor, valid: Tensor, cache: Any, *, keep: int) -
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True}
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs[cache_argument(model)] = cache
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
     if not bool(valid.all()):

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard._errors import InputError, ModelError
+from regard.attach.cache_names import given_cache
 from regard.engine import Block
 from regard.instruments.base import HeadMeasure, RowInstrument
 
@@ -125,7 +126,7 @@ class _Repeats(RowInstrument):
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             decoded = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
             streams = {"encoder": (tokens, masked), "": decoded}
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         seen = int(cache.get_seq_length()) if cache is not None else 0
         for stack, (ids, mask) in streams.items():
             if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():

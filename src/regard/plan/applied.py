@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from regard._errors import InputError
+from regard.attach.cache_names import NAMES, cache_argument
 from regard.attach.hold import hold
-from regard.cache.models import cache_argument
 from regard.plan.plan import Plan
 
 
@@ -52,7 +52,7 @@ class Applied:
     ) -> tuple[tuple, dict[str, Any]] | None:
         if module is not self.model or module.training:
             return None
-        name = next((n for n in (self.argument, "past_key_values") if n in kwargs), self.argument)
+        name = next((n for n in NAMES if n in kwargs), self.argument)
         given = kwargs.get(name)
         uses = kwargs.get("use_cache")
         if uses is None:

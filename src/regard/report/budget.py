@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard.attach.cache_names import cache_argument
 from regard.cache import Cache, scorers
 from regard.cache.budgets import Uniform
-from regard.cache.models import cache_argument
 from regard.report.schema import Budget, BudgetLevel
 
 FRACTIONS = (0.1, 0.2, 0.5)
