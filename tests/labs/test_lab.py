@@ -34,7 +34,7 @@ class Toy(Lab):
             one, name="half", panel="square", measured=x / 2, predicted=np.full(3, np.nan)
         )
         check = Check("close", "x is near", 1.1, 1.0, tolerance=0.2)
-        return Result(self.name, self.values(), {"square": one, "half": two}, {"close": check})
+        return Result.of(self, ([one], [check]), ([two], []))
 
 
 def test_texts_become_values_of_the_right_type():
@@ -139,6 +139,13 @@ def test_a_result_is_tidy_and_writes_itself(tmp_path):
     assert "experiment" not in written[3].read_text() or written[3].stat().st_size > 1000
     with pytest.raises(OutputError, match="cannot write"):
         result.write(written[0] / "below")
+
+
+def test_parts_of_one_name_do_not_hide_each_other():
+    lab, check = Toy(), Check("close", "x is near", 1.1, 1.0)
+    assert list(lab.run().series) == ["square", "half"]
+    with pytest.raises(InputError, match="names must differ, got close, close"):
+        Result.of(lab, ([], [check]), ([], [check]))
 
 
 def test_a_picture_has_a_line_of_theory_and_points_of_experiment():

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from regard.labs.settings import Lab
+
 Number = float | int
+R = TypeVar("R", bound="Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,24 @@ class Result:
     settings: dict[str, Any]
     series: dict[str, Series]
     checks: dict[str, Check]
+
+    @classmethod
+    def of(
+        cls: type[R], lab: Lab, *parts: tuple[Sequence[Series], Sequence[Check]], **more: Any
+    ) -> R:
+        """The result of a laboratory from the series and checks of its parts; `more` is what a subclass adds.
+
+        Raises:
+            InputError: two series, or two checks, of one name.
+        """
+        series = [one for found, _ in parts for one in found]
+        checks = [one for _, found in parts for one in found]
+        for kind in (series, checks):
+            names = [one.name for one in kind]
+            if len(set(names)) < len(names):
+                raise InputError(f"{lab.name}: names must differ, got {', '.join(names)}")
+        by_name = {one.name: one for one in series}
+        return cls(lab.name, lab.values(), by_name, {one.name: one for one in checks}, **more)
 
     def rows(self) -> list[dict[str, Any]]:
         """Tidy: a row for each point of each series."""

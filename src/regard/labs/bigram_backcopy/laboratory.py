@@ -71,13 +71,7 @@ class BigramBackcopy(Lab):
         course, models = train(recipe, language, list(range(self.seed, self.seed + self.seeds)))
         changes = intervene(models, language)
         series = [one for name in course.measures for one in _series(name, course)]
-        return BackcopyResult(
-            self.name,
-            self.values(),
-            {one.name: one for one in series},
-            {one.name: one for one in self._checks(course, changes)},
-            course,
-        )
+        return BackcopyResult.of(self, (series, self._checks(course, changes)), course=course)
 
     def _checks(self, course: Course, changes: dict[str, dict[str, np.ndarray]]) -> list[Check]:
         def end(name: str, best: str) -> tuple[float, float]:

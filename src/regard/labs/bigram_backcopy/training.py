@@ -14,7 +14,7 @@ from regard._errors import InputError
 from regard.engine import AttentionCall, Pipeline, Site, State, attend
 from regard.instruments import Entropy, ResidualPeaks, ValueDrain
 from regard.labs.bigram_backcopy.data import Backcopy
-from regard.labs.bigram_backcopy.models import Models, Size, Trace
+from regard.labs.bigram_backcopy.models import Models, Size, Trace, softmax_attention
 
 FIRST = 4
 """Queries before this place see too few keys to be asked where they look."""
@@ -197,7 +197,7 @@ def instruments(models: Models, ids: Tensor, traces: list[Trace]) -> dict[str, n
         ):
             found[name].append([float(table[f"L{layer}H0"]) for layer in layers])
         found["peak"].append(peaks.compute()[""].ratio.tolist())
-    if models.weigh.__name__ != "softmax_attention":
+    if models.weigh is not softmax_attention:
         del found["entropy"]  # the engine's weights are not the ones that were used
     return {name: np.array(values) for name, values in found.items()}
 

@@ -11,7 +11,7 @@ from regard.labs.brain_basis import latching
 from regard.labs.brain_basis.networks import learning_part, networks_part
 from regard.labs.brain_basis.rhythms import SPIKING, phases_part, spikes_part
 from regard.labs.brain_basis.states import latching_part, sequences_part
-from regard.labs.results import Check, Result, Series
+from regard.labs.results import Result
 from regard.labs.settings import Lab, setting
 
 PARTS = (latching_part, sequences_part, phases_part, spikes_part, networks_part, learning_part)
@@ -48,18 +48,7 @@ class BrainBasis(Lab):
     seed: int = setting(0, "first of the random seeds", low=0, high=2**31)
 
     def run(self) -> Result:
-        series: list[Series] = []
-        checks: list[Check] = []
-        for part in PARTS:
-            found, compared = part(self)
-            series += found
-            checks += compared
-        return Result(
-            self.name,
-            self.values(),
-            {one.name: one for one in series},
-            {one.name: one for one in checks},
-        )
+        return Result.of(self, *(part(self) for part in PARTS))
 
     def regimes(self) -> dict[str, latching.Walk]:
         """Walks by setting: each gain, a low temperature, and the second gain without noise."""

@@ -24,9 +24,9 @@ def phase_gated_attention(
     value: Float[Tensor, "*batch keys dv"],
     query_phase: Float[Tensor, "*batch queries"],
     key_phase: Float[Tensor, "*batch keys"],
-    kappa: float | int,
+    kappa: Float[Tensor, "*batch queries"] | float | int,
 ) -> Float[Tensor, "*batch queries dv"]:
-    """Attention whose scores gain `kappa cos(phi_i - phi_j)`.
+    """Attention whose scores gain `kappa cos(phi_i - phi_j)`; kappa one number, or one for each query.
 
     Cost: O(N^2 d), as attention.
 
@@ -35,8 +35,9 @@ def phase_gated_attention(
     >>> phase_gated_attention(q[:, :1], k, v, torch.zeros(1, 1), torch.tensor([[0.0, math.pi]]), 2).round(decimals=3)
     tensor([[[0.9820]]])
     """
-    bias = kappa * torch.cos(query_phase.unsqueeze(-1) - key_phase.unsqueeze(-2))
-    scores = query @ key.mT / query.shape[-1] ** 0.5 + bias
+    apart = query_phase.unsqueeze(-1) - key_phase.unsqueeze(-2)
+    gain = torch.as_tensor(kappa, dtype=query.dtype, device=query.device).unsqueeze(-1)
+    scores = query @ key.mT / query.shape[-1] ** 0.5 + gain * apart.cos()
     return scores.softmax(-1) @ value
 
 
@@ -73,10 +74,8 @@ def nested_attention(
     kappa: float | int,
 ) -> Float[Tensor, "*batch queries dv"]:
     """Phase-gated attention in a fast band whose gate a slow carrier opens and closes: kappa A(phi) in place of kappa."""
-    bias = kappa * torch.cos(query_phase.unsqueeze(-1) - key_phase.unsqueeze(-2))
-    opened = nested_amplitude(carrier).unsqueeze(-1) * bias
-    scores = query @ key.mT / query.shape[-1] ** 0.5 + opened
-    return scores.softmax(-1) @ value
+    opened = kappa * nested_amplitude(carrier)
+    return phase_gated_attention(query, key, value, query_phase, key_phase, opened)
 
 
 def switch_sender(

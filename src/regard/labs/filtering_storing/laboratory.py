@@ -152,9 +152,4 @@ class FilteringStoring(Lab):
             *acquisition_checks(cells, filtered, self.noise),
             *extraction_checks(cells, self.width),
         ]
-        return Result(
-            self.name,
-            self.values(),
-            {one.name: one for one in extraction_series(cells)},
-            {one.name: one for one in checks},
-        )
+        return Result.of(self, (extraction_series(cells), checks))

@@ -94,18 +94,8 @@ class LinearICL(Lab):
         return np.diag(self.spectrum)
 
     def run(self) -> Result:
-        series: list[Series] = []
-        checks: list[Check] = []
-        for part in (self._flow, self._train, self._risk, self._shift, self._random):
-            found, compared = part()
-            series += found
-            checks += compared
-        return Result(
-            self.name,
-            self.values(),
-            {one.name: one for one in series},
-            {one.name: one for one in checks},
-        )
+        parts = (self._flow, self._train, self._risk, self._shift, self._random)
+        return Result.of(self, *(part() for part in parts))
 
     def _begin(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)

@@ -177,12 +177,7 @@ class MesaOptimization(Lab):
             series.append(
                 Series(panel, positions.astype(float), mean, half, theory, "t, tokens seen", label)
             )
-        return Result(
-            self.name,
-            self.values(),
-            {one.name: one for one in series},
-            {one.name: one for one in self._checks(trained, found, product)},
-        )
+        return Result.of(self, (series, self._checks(trained, found, product)))
 
     def _checks(self, trained: Trained, found: Answers, product: np.ndarray) -> list[Check]:
         stray = trained.stray[-1].mean(1)

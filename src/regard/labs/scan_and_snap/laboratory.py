@@ -107,18 +107,7 @@ class ScanAndSnap(Lab):
         return make_classes(self.last, self.each, [1.0] * 10, np.linspace(0.1, 1, 10).tolist())
 
     def run(self) -> Result:
-        series: list[Series] = []
-        checks: list[Check] = []
-        for part in (self._flow, self._sweep, self._sampled):
-            found, compared = part()
-            series += found
-            checks += compared
-        return Result(
-            self.name,
-            self.values(),
-            {one.name: one for one in series},
-            {one.name: one for one in checks},
-        )
+        return Result.of(self, self._flow(), self._sweep(), self._sampled())
 
     def times(self) -> np.ndarray:
         """Logged times, whole numbers of steps."""

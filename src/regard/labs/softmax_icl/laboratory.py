@@ -76,14 +76,7 @@ class SoftmaxICL(Lab):
         return Task.regression(*self.place)
 
     def run(self) -> Result:
-        series, checks = self.flows()
-        further, compared = self.compare(self.trained())
-        return Result(
-            self.name,
-            self.values(),
-            {one.name: one for one in [*series, *further]},
-            {one.name: one for one in [*checks, *compared]},
-        )
+        return Result.of(self, self.flows(), self.compare(self.trained()))
 
     def flows(self) -> tuple[list[Series], list[Check]]:
         """The reduced model with one head and with four, from small random starts."""
