@@ -109,20 +109,21 @@ def crossover(by_length: dict[int, float], softmax: dict[int, float]) -> int | N
     return None
 
 
-def memory(name: str, tokens: int) -> float | None:
-    """Peak MB of a forward pass above what was there, in a process of its own."""
-    code = (
-        "import torch\nfrom benchmarks.build import WIDTH, HEADS, options\nfrom benchmarks.worker import extra_memory\n"
-        "from regard.nn import make_mixer\n"
-        f"mixer = make_mixer({name!r}, WIDTH, HEADS, **options({name!r}, {tokens})).eval()\n"
-        f"torch.set_num_threads(1)\ntorch.set_grad_enabled(False)\nhidden = torch.randn(1, {tokens}, WIDTH)\n"
-        f"mixer(hidden[:, :256])\nprint('MB', extra_memory(lambda: mixer(hidden)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("MB ")]
-    return float(lines[0][3:]) if lines else None
+def peak(name: str, tokens: int = 8192) -> float:
+    """Peak MB of a forward pass above what was there; to be asked of a process of its own."""
+    from benchmarks.worker import extra_memory
+    from regard.nn import make_mixer
+
+    mixer = make_mixer(name, WIDTH, HEADS, **options(name, tokens)).eval()
+    hidden = torch.randn(1, tokens, WIDTH)
+    with torch.no_grad():
+        mixer(hidden[:, :256])
+        return extra_memory(lambda: mixer(hidden))
+
+
+def memory(name: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.build", "--peak", name]
+    return float(subprocess.check_output(command, text=True, cwd=HERE.parent))
 
 
 def measure(name: str, lengths: list[int]) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def measure(name: str, lengths: list[int]) -> dict[str, Any]:
                 break
         row[part], row[f"{part}_slope"] = found, slope(found)
     row["step_ms"] = {n: step(name, n) for n in (256, 8192)}
-    row["memory_mb"] = memory(name, 8192)
+    row["memory_mb"] = memory(name)
     return row
 
 
@@ -145,8 +146,12 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=65536)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "build.json")
     parser.add_argument("--keep", action="store_true", help="keep what the file has of others")
+    parser.add_argument("--peak", choices=list(MIXERS), help="print a mixer's memory, nothing else")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.peak:
+        print(peak(given.peak))
+        return
     lengths = [1024 * 2**k for k in range(20) if 1024 * 2**k <= given.longest]
     rows: list[dict[str, Any]] = []
     if given.keep and given.out.is_file():
@@ -220,8 +225,9 @@ def write(results: Path, out: Path = HERE.parent / "docs" / "benchmarks-build.md
     ]
     for row in rows:
         early, late = row["step_ms"].values()
-        held_mb = "" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f} MB"
-        lines.append(f"| `{row['mixer']}` | {early:.2f} | {late:.2f} | {held_mb} |")
+        lines.append(
+            f"| `{row['mixer']}` | {early:.2f} | {late:.2f} | {row['memory_mb']:,.0f} MB |"
+        )
     out.write_text("\n".join(lines) + "\n")
 
 

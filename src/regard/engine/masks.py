@@ -260,7 +260,7 @@ def as_mask(mask: Tensor | Mask | None, queries: int, keys: int, causal: bool) -
     """The mask of one attention call: None means causal when `causal` and there is more than one query, else full."""
     if mask is None:
         return CausalMask(keys) if causal and queries > 1 else FullMask(keys)
-    if not isinstance(mask, Tensor) or isinstance(mask, DeferredMask):
+    if isinstance(mask, Mask):
         return mask
     if mask.dim() == 2:
         mask = mask[:, None, None, :].bool()

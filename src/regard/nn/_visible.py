@@ -64,12 +64,13 @@ def window_mask(queries: int, keys: int, window: int, prefix: int = 0) -> BlockS
 
     Attention then takes O(queries (window + prefix + BLOCK)) time. The mask is kept for the next call of the same sizes.
     """
-    offset = keys - queries
-    blocks = range(offset // BLOCK, (keys - 1) // BLOCK + 1)
-    first = [max(0, (block * BLOCK - window + 1) // BLOCK) for block in blocks]
+    offset, fixed = keys - queries, -(-prefix // BLOCK)
     lists = [
-        [*range(min(first, -(-prefix // BLOCK))), *range(first, block + 1)]
-        for first, block in zip(first, blocks, strict=True)
+        [
+            *range(max(0, (block * BLOCK - window + 1) // BLOCK), block + 1),
+            *range(min(fixed, block)),
+        ]
+        for block in range(offset // BLOCK, (keys - 1) // BLOCK + 1)
     ]
     near = lambda query, key: (query - key < window) | (key < prefix)  # noqa: E731
     return from_lists(lists, BLOCK, keys, offset=offset, rule=near)

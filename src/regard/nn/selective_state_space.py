@@ -27,6 +27,8 @@ from regard.ops.decayed_attention import decayed_linear_attention
 from regard.ops.linear_attention import wide
 from regard.ops.linear_recurrence import linear_recurrence
 
+CHUNK = 128
+"""Tokens whose states `S6` holds at a time; any number gives the same outputs."""
 SHORTEST, LONGEST = 1e-3, 0.1
 """Steps start between these, evenly on a logarithmic scale."""
 
@@ -106,8 +108,9 @@ class S6(_Selective):
         heads: must divide `width`; each has its own q and k.
         state_size: n, entries of the state of a channel; `width / heads` by default.
 
-    Cost: 3 width^2 + 2 width heads state_size multiplications a token for the maps, and 2 log2(tokens) + 4 for each of the
-    width x state_size numbers of the state; all tokens' states are in memory at once.
+    Cost: 3 width^2 + 2 width heads state_size multiplications a token for the maps, and 2 log2(CHUNK) + 4 for each of the
+    width x state_size numbers of the state; the states of `CHUNK` tokens are in memory at once, of all when
+    differentiated.
 
     Raises:
         InputError: heads that do not divide, or a size below 1.
@@ -130,12 +133,18 @@ class S6(_Selective):
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, step: Tensor, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        decay = (step[..., None] * self.rate[:, None]).exp()
-        written = (step * value)[..., None] * key[..., None, :]
-        first = None if memory is None else memory.flatten(-2)
-        states = linear_recurrence(decay.flatten(-2), written.flatten(-2), first)
-        states = states.unflatten(-1, decay.shape[-2:])
-        return (states @ query[..., None])[..., 0], states[:, :, -1]
+        shape, read = (value.shape[-1], key.shape[-1]), []
+        last = None if memory is None else memory.flatten(-2)
+        for asked, held, given, length in zip(
+            *(part.split(CHUNK, 2) for part in (query, key, value, step)), strict=True
+        ):
+            decay = (length[..., None] * self.rate[:, None]).exp().flatten(-2)
+            written = ((length * given)[..., None] * held[..., None, :]).flatten(-2)
+            states = linear_recurrence(decay, written, last)
+            last = states[:, :, -1]
+            read.append((states.unflatten(-1, shape) @ asked[..., None])[..., 0])
+        assert last is not None
+        return torch.cat(read, 2), last.unflatten(-1, shape)
 
 
 class SSD(_Selective):

@@ -181,18 +181,19 @@ def neighbour_max(
     tensor([[5., 0.],
             [5., 2.]])
     """
-    queries, keys = neighbours.shape[-2:]
+    queries = neighbours.shape[-2]
     size = max(1, BLOCK_NUMBERS // max(1, values.numel()))
+    columns = values.mT.contiguous()
     with (
         torch.no_grad()
     ):  # where the largest are; the numbers themselves are gathered, which has a gradient
         blocks = []
         for start in range(0, queries, size):
-            shown = neighbours[..., start : start + size, :, None]
-            apart = torch.where(shown, values.unsqueeze(-3), -torch.inf)
-            blocks.append(apart.argmax(-2))
+            shown = neighbours[..., start : start + size, None, :]
+            apart = torch.where(shown, columns.unsqueeze(-3), -torch.inf)
+            blocks.append(apart.argmax(-1))
         index = torch.cat(blocks, -2)
-    found = values.gather(-2, index) if keys else own
+    found = values.gather(-2, index)
     return torch.where(neighbours.any(-1, keepdim=True), found, own)
 
 
