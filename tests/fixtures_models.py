@@ -42,6 +42,25 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
+def tiny_vision(kind: str, seed: int = 0) -> Any:
+    """Two blocks of width 32 for images of 8 x 8 with one channel: a ViT, or CLIP's vision tower ("clip")."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
+
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+    }
+    torch.manual_seed(seed)
+    if kind == "clip":
+        return CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
+    return ViTModel(ViTConfig(**settings), add_pooling_layer=False).eval()
+
+
 def tiny_llama(seed: int = 0) -> Any:
     """Two blocks, four query heads on two KV heads, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM

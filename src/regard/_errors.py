@@ -24,11 +24,24 @@ class RegardError(Exception):
 
     @classmethod
     def of(cls: type[E], name: str, *, given: object, expected: str, fix: str = "") -> E:
-        """An error in the house's form: ``<name> must be <expected>, got <given>; <fix>``."""
+        """An error in the form of all: ``<name> must be <expected>, got <given>; <fix>``."""
         shown = repr(given)
         if len(shown) > 120:
             shown = shown[:117] + "..."
         return cls(f"{name} must be {expected}, got {shown}" + (f"; {fix}" if fix else ""))
+
+    @classmethod
+    def unknown(cls: type[E], name: str, *, given: object, known: Iterable[str]) -> E:
+        """The error for a name that is none of `known`, with those that are close.
+
+        >>> raise InputError.unknown("mixer", given="flwo", known=["flow", "linear"])
+        Traceback (most recent call last):
+        ...
+        regard._errors.InputError: mixer must be one of flow, linear, got 'flwo'; did you mean flow?
+        """
+        known = list(known)
+        fix = nearest(str(given), known)
+        return cls.of(name, given=given, expected=f"one of {', '.join(known)}", fix=fix)
 
 
 class InputError(RegardError, ValueError):

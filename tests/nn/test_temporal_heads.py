@@ -10,37 +10,21 @@ import torch
 from torch import nn
 
 import regard
+from fixtures_models import tiny_vision
 from regard._errors import InputError
 from regard.engine import AttentionCall, Method
 from regard.nn import TemporalHeads, VideoClassifier, shift_heads
 
 FRAMES = 4
 OFFSETS = {0: -1, 1: +1, 3: -2}
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_channels": 1,
-}
 
 
 def vit(seed: int = 0) -> Any:
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(seed)
-    config = ViTConfig(**SMALL)
-    return ViTModel(config, add_pooling_layer=False).eval()
+    return tiny_vision("vit", seed)
 
 
 def clip(seed: int = 0) -> Any:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(seed)
-    config = CLIPVisionConfig(**SMALL)
-    return CLIPVisionModel(config).eval()
+    return tiny_vision("clip", seed)
 
 
 def by_loop(states: torch.Tensor, frames: int, offsets: dict[int, int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fixtures_models import tiny_vision
 from regard._errors import InputError
 from regard.nn import VideoClassifier
 from regard.weights import (
@@ -18,24 +19,6 @@ from regard.weights import (
     merge_linear_adapters,
 )
 from regard.weights.linear_adapters import AdaptedLinear
-
-
-def vision(kind: str) -> Any:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
-
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "image_size": 8,
-        "patch_size": 4,
-        "num_channels": 1,
-    }
-    torch.manual_seed(0)
-    if kind == "clip":
-        return CLIPVisionModel(CLIPVisionConfig(**settings)).eval()
-    return ViTModel(ViTConfig(**settings), add_pooling_layer=False).eval()
 
 
 def llama() -> Any:
@@ -92,7 +75,7 @@ def test_a_layer_merges_on_both_sides(bias, before, after):
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
 def test_a_video_model_merges_to_the_size_of_the_image_model(kind):
-    tower = vision(kind)
+    tower = tiny_vision(kind)
     names = [name for name, _ in tower.named_parameters()]
     model = VideoClassifier(tower, 4, 3, {0: -1, 1: 1}).eval()
     clips = torch.randn(2, 4, 1, 8, 8)
@@ -146,7 +129,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_a_trained_state_can_be_saved_and_merged_elsewhere():
-    one, two = vision("clip"), vision("clip")
+    one, two = tiny_vision("clip"), tiny_vision("clip")
     trained(attach_linear_adapters(one, scale=0.5))
     attach_linear_adapters(two, scale=0.5)
     two.load_state_dict(copy.deepcopy(one.state_dict()))
@@ -159,7 +142,7 @@ def test_a_trained_state_can_be_saved_and_merged_elsewhere():
 
 
 def test_what_does_not_fit_is_named():
-    model = vision("clip")
+    model = tiny_vision("clip")
     with pytest.raises(InputError, match="no linear layer called query"):
         attach_linear_adapters(model, [AdapterPoint("before", ("query",))])
     with pytest.raises(InputError, match="no linear adapters"):

@@ -43,16 +43,10 @@ def train(
     """
     if out.exists() and not out.is_dir():
         raise InputError.of("--out", given=str(out), expected="a directory or a new name")
-    from regard._errors import nearest
     from regard.labs.tasks import TASKS
 
     if task not in TASKS:
-        raise InputError.of(
-            "--task",
-            given=task,
-            expected=f"one of {', '.join(TASKS)}",
-            fix=nearest(task, TASKS),
-        )
+        raise InputError.unknown("--task", given=task, known=TASKS)
     import torch
 
     from regard.labs.training import train as fit

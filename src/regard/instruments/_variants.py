@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._errors import InputError, nearest
+from regard._errors import InputError
 from regard._progress import progress
 from regard.attach import Session
 from regard.attach.equality import check_finite
@@ -43,9 +43,7 @@ class VariantLosses:
 def silencer(model: nn.Module, mode: str, means: Any = None) -> HeadMethod:
     """The method of `regard.ablate`'s `mode`, silencing nothing yet."""
     if mode not in MODES:
-        raise InputError.of(
-            "mode", given=mode, expected=f"one of {', '.join(MODES)}", fix=nearest(mode, MODES)
-        )
+        raise InputError.unknown("mode", given=mode, known=MODES)
     if mode != "mean":
         return MODES[mode](())
     found = means.compute() if isinstance(means, MeanOutput) else means

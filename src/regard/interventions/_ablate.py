@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from regard._errors import InputError, nearest
+from regard._errors import InputError
 from regard.attach import Session
 from regard.engine import Method
 from regard.interventions._places import find_heads, find_neurons, split
@@ -57,9 +57,7 @@ def ablate(
     times the time, O(N) memory).
     """
     if mode not in MODES:
-        raise InputError.of(
-            "mode", given=mode, expected=f"one of {', '.join(MODES)}", fix=nearest(mode, MODES)
-        )
+        raise InputError.unknown("mode", given=mode, known=MODES)
     named_heads, named_neurons = split(heads)
     more_heads, more_neurons = split(neurons)
     if more_heads:

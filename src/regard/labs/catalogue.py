@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from regard._errors import InputError, nearest
+from regard._errors import InputError
 from regard.labs.settings import Lab
 
 
@@ -80,17 +80,10 @@ def open(name: str, settings: Mapping[str, Any] | None = None) -> Lab:
     """
     key = name.strip().lower().replace("_", "-")
     if key not in LABS:
-        raise InputError.of(
-            "laboratory", given=name, expected=f"one of {', '.join(LABS)}", fix=nearest(key, LABS)
-        )
+        raise InputError.unknown("laboratory", given=name, known=LABS)
     config, settings = LABS[key].config, dict(settings or {})
     known = [row.key for row in config.settings()]
     for given in settings:
         if given not in known:
-            raise InputError.of(
-                f"setting of {key}",
-                given=given,
-                expected=f"one of {', '.join(known)}",
-                fix=nearest(given, known),
-            )
+            raise InputError.unknown(f"setting of {key}", given=given, known=known)
     return config(**config.admit(settings))

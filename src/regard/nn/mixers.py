@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from regard._errors import InputError, nearest
+from regard._errors import InputError
 from regard.nn.aaren import Aaren
 from regard.nn.deconstructed import (
     FixedTextQKAttention,
@@ -70,12 +70,7 @@ def make_mixer(name: str, width: int, heads: int, **options: object) -> Mixer:
         InputError: an unknown name, or an option that this mixer does not take.
     """
     if name not in MIXERS:
-        raise InputError.of(
-            "mixer",
-            given=name,
-            expected=f"one of {', '.join(sorted(MIXERS))}",
-            fix=nearest(name, MIXERS),
-        )
+        raise InputError.unknown("mixer", given=name, known=sorted(MIXERS))
     try:
         return MIXERS[name](width, heads, **options)
     except TypeError as error:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._errors import InputError, nearest
+from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.ops.linear_attention import causal_product, wide
@@ -68,12 +68,7 @@ class NormalisedAttention(Mixer):
             if value < 1:
                 raise InputError.of(name, given=value, expected="1 or more")
         if normaliser not in NORMALISERS:
-            raise InputError.of(
-                "normaliser",
-                given=normaliser,
-                expected=f"one of {', '.join(NORMALISERS)}",
-                fix=nearest(normaliser, NORMALISERS),
-            )
+            raise InputError.unknown("normaliser", given=normaliser, known=NORMALISERS)
         self.heads, self.normaliser, self.chunk = heads, normaliser, chunk
         self.q_proj = nn.Linear(width, heads * state_size, bias=False)
         self.k_proj = nn.Linear(width, heads * state_size, bias=False)

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from regard._errors import InputError, nearest
+from regard._errors import InputError
 
 SHARPNESS = 10.0
 """b of the sharp soft-plus and of the sigmoid."""
@@ -102,12 +102,7 @@ def process_adjacency(
 def check_adjacency(name: str) -> None:
     """Raises InputError unless `name` is one of `ADJACENCIES`."""
     if name not in ADJACENCIES:
-        raise InputError.of(
-            "adjacency",
-            given=name,
-            expected=f"one of {', '.join(ADJACENCIES)}",
-            fix=nearest(str(name), ADJACENCIES),
-        )
+        raise InputError.unknown("adjacency", given=name, known=ADJACENCIES)
 
 
 AGGREGATORS = ("sum", "mean", "max", "var", "max_norm", "min_norm")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from regard.nn.atconv import ATConv2d
 from regard.nn.attnet import AttNet, AttNetBlock, AttNetSize, initialise_attnet
 from regard.ops.atconv import attentive_conv2d, kernel_redundancy, lateral_inhibition
+from regard.papers._classifying import accuracy
 
 NANO = AttNetSize(depths=(2, 2), dims=(32, 64), ratios=(4, 4))
 
@@ -247,13 +248,3 @@ def fit(
             schedule.step()
         model.eval()
         after_epoch()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """In percent."""
-    right = [
-        (model(images).argmax(-1) == labels).float()
-        for images, labels in zip(data[0].split(100), data[1].split(100), strict=True)
-    ]
-    return 100 * float(torch.cat(right).mean())

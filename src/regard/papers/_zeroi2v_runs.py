@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regard.nn.temporal_heads import TemporalHeads, VideoClassifier
+from regard.papers._classifying import accuracy
 from regard.weights.linear_adapters import attach_linear_adapters, merge_linear_adapters
 
 CANVAS, DIGIT, HEADS = 16, 8, 6
@@ -263,13 +264,3 @@ def descend(
         schedule.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """In percent."""
-    right = [
-        (model(images).argmax(-1) == labels).float()
-        for images, labels in zip(data[0].split(100), data[1].split(100), strict=True)
-    ]
-    return 100 * float(torch.cat(right).mean())
