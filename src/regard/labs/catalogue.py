@@ -66,6 +66,10 @@ LABS: dict[str, Listed] = {
         "mechanisms that a perspective on brains names: latching states, phase gates and codes, sparse networks, gated learning",
         "brain_basis:BrainBasis",
     ),
+    "pavlovian": Listed(
+        "attention as conditioning: how many associations a memory holds, and which rules block, shadow and forget",
+        "pavlovian:Pavlovian",
+    ),
 }
 
 

@@ -1,0 +1,113 @@
+"""The parts of the experiment: readers, effects, and the reading of heads in a live model."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regard.attach import attach
+from regard.labs.pavlovian import safe_associations
+from regard.nn import LanguageModel, LanguageModelConfig
+from regard.papers import _pavlovian_runs as runs
+
+SMALL = runs.Size(dim=6, cues=3, trials=8, steps=20, batch=8, runs=2, triples=10)
+
+
+def model() -> LanguageModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = ("softmax", {"kv_heads": 2})
+    made = LanguageModel(LanguageModelConfig(vocab_size=40, mixers=[options], **shape)).eval()
+    vocabulary = {f"Ġ{'abcdefghijklmnopqrstuvwxyz'[i]}word": i for i in range(26)}
+    vocabulary |= {"Ġab": 30, "word": 31, "ĠWord": 32, "Ġ1234": 33}
+    made.tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+    return made
+
+
+def test_words_are_whole_lower_case_and_begin_a_word():
+    assert sorted(runs.one_token_words(model().tokenizer)) == list(range(26))
+
+
+def test_what_heads_do_is_what_dense_attention_does():
+    made, ids = model(), torch.randint(26, (3, 7))
+    slots = torch.tensor([1, 3, 5])
+    reader = runs.PairReader(slots)
+    with torch.no_grad(), attach(made, reader):
+        made(ids)
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Keep(runs.Method):
+        def before(self, call):
+            calls.append((call.query, call.key))
+
+    with torch.no_grad(), attach(made, Keep()):
+        made(ids)
+    for layer, (query, key) in enumerate(calls):
+        torch.testing.assert_close(reader.keys[layer], key)
+        scores = query[:, :, -1:] @ key.repeat_interleave(2, 1).mT * query.shape[-1] ** -0.5
+        weights = scores.softmax(-1)[:, :, 0]
+        expected = torch.stack([weights[i, :, slot] for i, slot in enumerate(slots)]).mean(0)
+        torch.testing.assert_close(reader.mass[layer], expected)
+
+
+def test_pairs_are_asked_for_once_and_every_head_is_described():
+    found = runs.pairs_in_context(model(), 4, 5)
+    assert found["pairs"] == 4 and 0 <= found["right"] <= 1
+    assert len(found["mass"]) == len(found["safe"]) == 2 * 4
+    assert found["safe"][0] == found["safe"][1] != found["safe"][2]
+    assert max(found["safe"]) <= math.sqrt(4) + 1e-9
+    assert found == runs.pairs_in_context(model(), 4, 5)
+
+
+def test_safe_associations_are_taken_over_the_tokens_of_all_prompts():
+    keys = torch.randn(3, 2, 7, 4).double()
+    pooled = keys.transpose(0, 1).flatten(1, 2)
+    assert pooled.shape == (2, 21, 4)
+    torch.testing.assert_close(pooled[1, 7:14], keys[1, 1])
+    assert safe_associations(pooled).shape == (2,)
+
+
+def test_effects_are_shares_of_a_response():
+    responses = {
+        "blocked": [0.1],
+        "control": [0.4],
+        "shadowed": [0.5],
+        "alone": [1.0],
+        "extinguished": [0.0],
+        "acquired": [0.8],
+    }
+    found = runs.indices(responses)
+    assert found["blocking"] == [pytest.approx(0.75)]
+    assert found["overshadowing"] == [0.5] and found["extinction"] == [1.0]
+
+
+@pytest.mark.parametrize("name", list(runs.READERS))
+def test_a_reader_is_trained_and_asked(name):
+    found = runs.reader(name, SMALL)
+    assert len(found["error"]) == len(found["responses"]["blocked"]) == 2
+    assert all(math.isfinite(value) for value in found["losses"])
+    assert found["losses"][0] != found["losses"][-1]
+
+
+def test_hops_and_clean_up_agree_on_a_single_memory():
+    found = runs.hops(64, 16, 2, 10)
+    (one,) = runs.clean_up(16, (64,), 10)
+    assert found["right"][0] == pytest.approx(one["accuracy"], abs=0.05)
+    assert found["right"][1] < found["right"][0]
+    assert all(
+        vote["alone"] == pytest.approx(1 - one["accuracy"], abs=0.05)
+        for vote in found["votes"].values()
+    )
+
+
+def test_a_rank_correlation_needs_points_and_has_an_interval():
+    assert math.isnan(runs.rank_correlation([1.0, 2.0], [1.0, 2.0])["rho"])
+    x = [float(i) for i in range(12)]
+    fit = runs.rank_correlation(x, [v**3 for v in x], draws=200)
+    assert fit["rho"] == 1 and fit["low"] == pytest.approx(1)
+    noise = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.0, 3.5, 8.0, 9.7, 9.3, 2.3]
+    fit = runs.rank_correlation(x, noise, draws=200)
+    assert fit["low"] < fit["rho"] < fit["high"]
