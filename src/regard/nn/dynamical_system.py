@@ -21,7 +21,6 @@ from regard._errors import InputError
 from regard.nn.linear_attention import LinearAttention
 from regard.nn.mixer import Mixer
 from regard.nn.normalised_attention import NormalisedAttention
-from regard.nn.projections import split_heads
 from regard.nn.qlstm import QLSTM
 from regard.nn.rotary import rotate
 from regard.nn.selective_state_space import S6, SSD
@@ -95,9 +94,7 @@ def _(mixer: LinearAttention, inputs: Tensor) -> DynamicalSystem:
 
 @as_dynamical_system.register
 def _(mixer: NormalisedAttention, inputs: Tensor) -> DynamicalSystem:
-    query, key = (
-        wide(split_heads(project(inputs), mixer.heads)) for project in (mixer.q_proj, mixer.k_proj)
-    )
+    query, key = (wide(part) for part in mixer.query_key_of(inputs))
     return separable_system(query, key, mixer.eta(inputs), *_maps(mixer))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.projections import check_heads, merge_heads, split_heads
+from regard.nn.projections import Projections
 from regard.ops.linear_attention import causal_product, wide
 
 NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +32,7 @@ NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
 BOUND = 10.0
 
 
-class NormalisedAttention(Mixer):
+class NormalisedAttention(Projections, Mixer):
     """Multi-head normalised attention; positions come from the model.
 
     Args:
@@ -61,19 +61,12 @@ class NormalisedAttention(Mixer):
         normaliser: str = "exp",
         chunk: int = 64,
     ) -> None:
-        super().__init__()
-        check_heads(width, heads)
-        state_size = width // heads if state_size is None else state_size
-        for name, value in {"state_size": state_size, "chunk": chunk}.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        super().__init__(width, heads, state_size=state_size)
+        if chunk < 1:
+            raise InputError.of("chunk", given=chunk, expected="1 or more")
         if normaliser not in NORMALISERS:
             raise InputError.unknown("normaliser", given=normaliser, known=NORMALISERS)
-        self.heads, self.normaliser, self.chunk = heads, normaliser, chunk
-        self.q_proj = nn.Linear(width, heads * state_size, bias=False)
-        self.k_proj = nn.Linear(width, heads * state_size, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.normaliser, self.chunk = normaliser, chunk
         self.eta_proj = nn.Linear(width, heads)
         nn.init.normal_(self.eta_proj.weight, std=0.02)
         nn.init.zeros_(self.eta_proj.bias)
@@ -92,16 +85,12 @@ class NormalisedAttention(Mixer):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        query, key, value = (
-            wide(split_heads(project(hidden), self.heads))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key = (wide(part) for part in self.query_key_of(hidden))
         if valid is not None:
             key = key.masked_fill(~valid[:, None, :, None], 0)
-        mixed, memory = causal_product(
-            query, key, value, before=state["memory"] if state else None, chunk=self.chunk
-        )
+        before = state["memory"] if state else None
+        value = wide(self.value_of(hidden))
+        mixed, memory = causal_product(query, key, value, before=before, chunk=self.chunk)
         if state is not None:
             state["memory"] = memory
-        mixed = mixed / self.eta(hidden)[..., None]
-        return self.o_proj(merge_heads(mixed).to(hidden.dtype))
+        return self.output_of(mixed / self.eta(hidden)[..., None], hidden)

@@ -15,11 +15,12 @@ class Projections(nn.Module):
         width: of the tokens.
         heads: query heads; must divide `width`.
         kv_heads: key and value heads, `heads` by default; must divide `heads`.
+        state_size: numbers of a query and a key of a head, as memories of their products call them; `width / heads` by default.
         even: the head size must be even, as rotary positions need it.
         bias: whether the maps add one.
 
     Raises:
-        InputError: heads that do not divide.
+        InputError: heads that do not divide, or a size below 1.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Projections(nn.Module):
         heads: int,
         *,
         kv_heads: int | None = None,
+        state_size: int | None = None,
         even: bool = False,
         bias: bool = False,
     ) -> None:
@@ -36,15 +38,18 @@ class Projections(nn.Module):
         check_heads(width, heads, even=even)
         if kv_heads < 1 or heads % kv_heads:
             raise InputError.of("kv_heads", given=kv_heads, expected=f"a divisor of {heads} heads")
-        self.heads, self.kv_heads = heads, kv_heads
         dim = width // heads
-        self.q_proj = nn.Linear(width, width, bias=bias)
-        self.k_proj = nn.Linear(width, kv_heads * dim, bias=bias)
+        state_size = dim if state_size is None else state_size
+        if state_size < 1:
+            raise InputError.of("state_size", given=state_size, expected="1 or more")
+        self.heads, self.kv_heads, self.state_size = heads, kv_heads, state_size
+        self.q_proj = nn.Linear(width, heads * state_size, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * state_size, bias=bias)
         self.v_proj = nn.Linear(width, kv_heads * dim, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
 
     def query_key_of(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[batch, heads, tokens, dim]` and keys `[batch, kv_heads, tokens, dim]`."""
+        """Queries `[batch, heads, tokens, state_size]` and keys `[batch, kv_heads, tokens, state_size]`."""
         query, key = self.q_proj(states), self.k_proj(states)
         return split_heads(query, self.heads), split_heads(key, self.kv_heads)
 

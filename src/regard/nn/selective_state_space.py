@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regard._errors import InputError
 from regard.nn.mixer import Mixer, State
-from regard.nn.projections import check_heads, merge_heads, split_heads
+from regard.nn.projections import Projections, split_heads
 from regard.ops.decayed_attention import decayed_linear_attention
 from regard.ops.linear_attention import wide
 from regard.ops.linear_recurrence import linear_recurrence
@@ -33,26 +33,19 @@ SHORTEST, LONGEST = 1e-3, 0.1
 """Steps start between these, evenly on a logarithmic scale."""
 
 
-class _Selective(Mixer):
-    """The projections, the step and the skip that both share; subclasses say how the memory runs."""
+class _Selective(Projections, Mixer):
+    """The step and the skip that both share; subclasses say how fast the memory fades at first, and how it runs."""
 
     positional = True
 
-    def __init__(
-        self, width: int, heads: int, *, state_size: int | None, steps: int, log_rate: Tensor
-    ) -> None:
-        super().__init__()
-        size = width // heads if state_size is None else state_size
-        self.heads = heads
-        self.q_proj = nn.Linear(width, heads * size, bias=False)
-        self.k_proj = nn.Linear(width, heads * size, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+    log_rate: nn.Parameter
+
+    def __init__(self, width: int, heads: int, *, state_size: int | None, steps: int) -> None:
+        super().__init__(width, heads, state_size=state_size)
         self.step_proj = nn.Linear(width, steps)
         start = torch.empty(steps).uniform_(math.log(SHORTEST), math.log(LONGEST)).exp()
         with torch.no_grad():
             self.step_proj.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus inverted
-        self.log_rate = nn.Parameter(log_rate)
         self.skip = nn.Parameter(torch.ones(heads, width // heads))
 
     @property
@@ -70,11 +63,8 @@ class _Selective(Mixer):
         self, hidden: Float[Tensor, "batch tokens width"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k `[batch, heads, tokens, state_size]` and v `[batch, heads, tokens, value_dim]`, in float32 at least."""
-        query, key, value = (
-            wide(split_heads(project(hidden), self.heads))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return query, key, value
+        query, key = self.query_key_of(hidden)
+        return wide(query), wide(key), wide(self.value_of(hidden))
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, step: Tensor, memory: Tensor | None
@@ -96,8 +86,7 @@ class _Selective(Mixer):
         mixed, memory = self.run(query, key, value, step, state["memory"] if state else None)
         if state is not None:
             state["memory"] = memory
-        mixed = mixed + wide(self.skip)[:, None] * value
-        return self.o_proj(merge_heads(mixed).to(hidden.dtype))
+        return self.output_of(mixed + wide(self.skip)[:, None] * value, hidden)
 
 
 class S6(_Selective):
@@ -120,15 +109,9 @@ class S6(_Selective):
     """
 
     def __init__(self, width: int, heads: int, *, state_size: int | None = None) -> None:
-        size = _checked(width, heads, state_size)
-        rates = torch.arange(1, size + 1, dtype=torch.get_default_dtype()).log()
-        super().__init__(
-            width,
-            heads,
-            state_size=state_size,
-            steps=width,
-            log_rate=rates.repeat(heads, width // heads, 1),
-        )
+        super().__init__(width, heads, state_size=state_size, steps=width)
+        rates = torch.arange(1, self.state_size + 1, dtype=torch.get_default_dtype()).log()
+        self.log_rate = nn.Parameter(rates.repeat(heads, width // heads, 1))
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, step: Tensor, memory: Tensor | None
@@ -169,11 +152,10 @@ class SSD(_Selective):
     def __init__(
         self, width: int, heads: int, *, state_size: int | None = None, chunk: int = 64
     ) -> None:
-        _checked(width, heads, state_size)
+        super().__init__(width, heads, state_size=state_size, steps=heads)
         if chunk < 1:
             raise InputError.of("chunk", given=chunk, expected="1 or more")
-        rates = torch.empty(heads, 1, 1).uniform_(1, 16).log()
-        super().__init__(width, heads, state_size=state_size, steps=heads, log_rate=rates)
+        self.log_rate = nn.Parameter(torch.empty(heads, 1, 1).uniform_(1, 16).log())
         self.chunk = chunk
 
     def run(
@@ -183,11 +165,3 @@ class SSD(_Selective):
         return decayed_linear_attention(
             query, key, step * value, fade, memory=memory, chunk=self.chunk
         )
-
-
-def _checked(width: int, heads: int, state_size: int | None) -> int:
-    check_heads(width, heads)
-    size = width // heads if state_size is None else state_size
-    if size < 1:
-        raise InputError.of("state_size", given=size, expected="1 or more")
-    return size
