@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regard.attach import attach
-from regard.labs.pavlovian import safe_associations
+from regard.labs.pavlovian import KeyReader, head_capacity_report, safe_associations
 from regard.nn import LanguageModel, LanguageModelConfig
 from regard.papers import _pavlovian_runs as runs
 
@@ -34,8 +34,8 @@ def test_words_are_whole_lower_case_and_begin_a_word():
 def test_what_heads_do_is_what_dense_attention_does():
     made, ids = model(), torch.randint(26, (3, 7))
     slots = torch.tensor([1, 3, 5])
-    reader = runs.PairReader(slots)
-    with torch.no_grad(), attach(made, reader):
+    reader, keys = runs.SlotReader(slots), KeyReader()
+    with torch.no_grad(), attach(made, reader, keys):
         made(ids)
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -46,7 +46,7 @@ def test_what_heads_do_is_what_dense_attention_does():
     with torch.no_grad(), attach(made, Keep()):
         made(ids)
     for layer, (query, key) in enumerate(calls):
-        torch.testing.assert_close(reader.keys[layer], key)
+        torch.testing.assert_close(keys.keys[layer], key)
         scores = query[:, :, -1:] @ key.repeat_interleave(2, 1).mT * query.shape[-1] ** -0.5
         weights = scores.softmax(-1)[:, :, 0]
         expected = torch.stack([weights[i, :, slot] for i, slot in enumerate(slots)]).mean(0)
@@ -62,12 +62,18 @@ def test_pairs_are_asked_for_once_and_every_head_is_described():
     assert found == runs.pairs_in_context(model(), 4, 5)
 
 
-def test_safe_associations_are_taken_over_the_tokens_of_all_prompts():
-    keys = torch.randn(3, 2, 7, 4).double()
-    pooled = keys.transpose(0, 1).flatten(1, 2)
-    assert pooled.shape == (2, 21, 4)
-    torch.testing.assert_close(pooled[1, 7:14], keys[1, 1])
-    assert safe_associations(pooled).shape == (2,)
+def test_a_report_has_a_row_for_every_kv_head_from_the_keys_of_all_texts():
+    made, ids = model(), torch.randint(26, (3, 7))
+    reader = KeyReader()
+    with torch.no_grad(), attach(made, reader):
+        made(ids)
+    rows = head_capacity_report(made, ids)
+    assert [(row.layer, row.head) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for row in rows:
+        keys = torch.cat([text[row.head] for text in reader.keys[row.layer]])
+        assert keys.shape == (21, 4)
+        assert row.safe == pytest.approx(float(safe_associations(keys.double())))
+        assert row.cross_talk * row.dimension == pytest.approx(1)
 
 
 def test_effects_are_shares_of_a_response():

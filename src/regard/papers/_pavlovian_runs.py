@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.attach import attach
-from regard.engine import AttentionCall, Method
+from regard.engine import Method
 from regard.labs.pavlovian import (
     DeltaReader,
     HebbianReader,
@@ -20,7 +20,7 @@ from regard.labs.pavlovian import (
     SoftmaxReader,
     conditioned_responses,
     draw_streams,
-    safe_associations,
+    head_capacity_report,
     train_reader,
 )
 from regard.labs.pavlovian.capacity import cleaned_chain, cross_talk, redundant_heads
@@ -112,18 +112,14 @@ def indices(responses: dict[str, list[float]]) -> dict[str, list[float]]:
     }
 
 
-class PairReader(Method):
-    """Keys of every KV head, and how much the last query of each head attends to one given slot of each row."""
+class SlotReader(Method):
+    """How much the last query of each head attends to one given slot of each row, mean over rows."""
 
     reads_only = True
 
     def __init__(self, slots: Tensor) -> None:
         self.slots = slots
-        self.keys: dict[int, Tensor] = {}
         self.mass: dict[int, Tensor] = {}
-
-    def before(self, call: AttentionCall) -> None:
-        self.keys[call.site.layer] = call.key.detach()
 
     def weights(self, block: Block) -> None:
         if int(block.rows[-1]) != block.call.queries - 1:
@@ -148,18 +144,15 @@ def pairs_in_context(model: Any, pairs: int, prompts: int, seed: int = 0) -> dic
         rows.append([*drawn, drawn[2 * asked]])
         slots.append(2 * asked + 1)
         answers.append(drawn[2 * asked + 1])
-    reader_ = PairReader(torch.tensor(slots))
-    with torch.no_grad(), attach(model, reader_):
-        logits = model(torch.tensor(rows)).logits[:, -1]
+    ids = torch.tensor(rows)
+    looking = SlotReader(torch.tensor(slots))
+    with torch.no_grad(), attach(model, looking):
+        logits = model(ids).logits[:, -1]
     right = (logits.argmax(-1) == torch.tensor(answers)).float().mean()
-    mass, safe = [], []
-    for layer in sorted(reader_.mass):
-        # keys of all prompts together, [kv heads, prompts x tokens, dim]
-        keys = reader_.keys[layer].transpose(0, 1).flatten(1, 2).double()
-        per_head = safe_associations(keys)
-        group = len(reader_.mass[layer]) // len(per_head)
-        mass += reader_.mass[layer].tolist()
-        safe += per_head.repeat_interleave(group).tolist()
+    mass = [part for _, heads in sorted(looking.mass.items()) for part in heads.tolist()]
+    report = head_capacity_report(model, ids)
+    group = len(mass) // len(report)
+    safe = [one.safe for one in report for _ in range(group)]
     return {"pairs": pairs, "right": float(right), "mass": mass, "safe": safe}
 
 

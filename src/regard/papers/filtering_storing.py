@@ -250,7 +250,9 @@ def record_lab(
         "hallucination",
         here=mean,
         interval=(mean - half, mean + half),
-        holds=mean + half < 10 and max(world["after template"]) < 0.02,
+        holds=False
+        if max(world["after template"]) >= 0.02 or mean - half >= 10
+        else mean + half < 10 or None,
         setting=f"|R| = {pool}, K = {count}, N = {size}, {lab.seeds} seeds",
         note=f"expected share of templates touched: {100 * template_coverage(size, count, pool):.0f} %; loss on untouched "
         f"facts {np.mean(row['unseen loss']):.2f} nats, after their templates {np.mean(world['after template']):.4f}; "

@@ -36,7 +36,14 @@ from regard.labs.pavlovian.capacity import (
     redundant_heads,
 )
 from regard.labs.pavlovian.conditioning import Phenomena, phenomena
-from regard.labs.pavlovian.heads import centred, participation_ratio, safe_associations
+from regard.labs.pavlovian.heads import (
+    HeadCapacity,
+    KeyReader,
+    centred,
+    head_capacity_report,
+    participation_ratio,
+    safe_associations,
+)
 from regard.labs.pavlovian.laboratory import Pavlovian
 from regard.labs.pavlovian.learned import (
     DeltaReader,
@@ -72,8 +79,10 @@ __all__ = [
     "BCM",
     "Decaying",
     "DeltaReader",
+    "HeadCapacity",
     "Hebbian",
     "HebbianReader",
+    "KeyReader",
     "Oja",
     "Pavlovian",
     "Phenomena",
@@ -93,6 +102,7 @@ __all__ = [
     "delta_acquisition",
     "draw_streams",
     "first_overload",
+    "head_capacity_report",
     "majority_failure",
     "memories",
     "overshadowed_response",

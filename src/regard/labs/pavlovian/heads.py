@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.attach import attach
+from regard.engine import AttentionCall, Method
 
 
 def centred(keys: Float[Tensor, "... tokens dim"]) -> Float[Tensor, "... tokens dim"]:
@@ -32,3 +38,54 @@ def safe_associations(keys: Float[Tensor, "... tokens dim"]) -> Float[Tensor, ".
     tensor(2.)
     """
     return participation_ratio(centred(keys)).sqrt()
+
+
+class KeyReader(Method):
+    """Keeps the keys of every layer, `[batch, kv heads, tokens, dim]`, after their positions."""
+
+    reads_only = True
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+
+    def before(self, call: AttentionCall) -> None:
+        self.keys[call.site.layer] = call.key.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCapacity:
+    """What a linear memory could hold on the keys of one KV head.
+
+    Attributes:
+        layer, head: which.
+        dimension: effective dimension of the centred keys.
+        cross_talk: mean squared error that each further association adds, 1 over `dimension`.
+        safe: associations without interference in the worst case, the square root of `dimension`.
+    """
+
+    layer: int
+    head: int
+    dimension: float
+    cross_talk: float
+    safe: float
+
+
+@torch.no_grad()
+def head_capacity_report(
+    model: nn.Module, tokens: Int[Tensor, "batch tokens"]
+) -> list[HeadCapacity]:
+    """Reads the keys of a live model on texts without padding: a row for each KV head of each layer.
+
+    Keys are taken after their positions, all texts together, so that rotations count as directions.
+
+    Cost: one forward pass, and O(batch x tokens x dim^2) for each KV head.
+    """
+    reader = KeyReader()
+    with attach(model, reader):
+        model(tokens)
+    rows = []
+    for layer, keys in sorted(reader.keys.items()):
+        pooled = keys.transpose(0, 1).flatten(1, 2).double()
+        for head, ratio in enumerate(participation_ratio(centred(pooled)).tolist()):
+            rows.append(HeadCapacity(layer, head, ratio, 1 / ratio, ratio**0.5))
+    return rows

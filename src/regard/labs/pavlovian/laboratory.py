@@ -37,7 +37,9 @@ class Pavlovian(Lab):
         (16, 64, 256), "d_k of the worst case", low=4, high=4096, least=2, most=16
     )
     overload_draws: int = setting(100, "draws for the worst case", low=2, high=100_000)
-    chain_items: int = setting(32, "associations n of each memory of a chain", low=2, high=2048)
+    chain_items: tuple[int, ...] = setting(
+        (32,), "associations n of each memory of a chain", low=2, high=2048, most=8
+    )
     chain_dimension: int = setting(128, "d of a chain", low=4, high=1024)
     depth: int = setting(5, "memories D of a chain", low=1, high=32)
     heads: tuple[int, ...] = setting((1, 2, 4, 8), "redundant heads R", low=1, high=64, most=16)
@@ -147,28 +149,33 @@ class Pavlovian(Lab):
         ]
 
     def _chain(self) -> tuple[list[Series], list[Check]]:
-        """Errors along a chain of memories, as read and cleaned up at every hop."""
-        sizes = (self.chain_items, self.chain_dimension, self.depth, self.draws)
-        depths = list(range(1, self.depth + 1))
-        errors = capacity.chain_errors(*sizes, generator=self.generator(3))
-        measured = [mean_of(errors[:, i]) for i in range(self.depth)]
-        predicted = [theory.chain_error(*sizes[:2], d) for d in depths]
-        series = [
-            series_of(
-                "chain",
-                depths,
-                measured,
-                predicted,
-                "D, memories in a chain",
-                "mean squared error",
-                log="y",
+        """Errors along a chain of memories, for each number of items."""
+        generator, d = self.generator(3), self.chain_dimension
+        depths = range(1, self.depth + 1)
+        series, checks = [], []
+        for n in self.chain_items:
+            errors = capacity.chain_errors(n, d, self.depth, self.draws, generator=generator)
+            measured = [mean_of(errors[:, i]) for i in range(self.depth)]
+            predicted = [theory.chain_error(n, d, depth) for depth in depths]
+            series.append(
+                series_of(
+                    f"chain, n = {n}",
+                    depths,
+                    measured,
+                    predicted,
+                    "D, memories in a chain",
+                    "mean squared error",
+                    panel="chain",
+                    log="y",
+                )
             )
-        ]
-        return series, [closest("chain", "Error of a chain", depths, measured, predicted, "D")]
+            says = f"Error of a chain of {n} items"
+            checks.append(closest(f"chain, n = {n}", says, depths, measured, predicted, "D"))
+        return series, checks
 
     def _heads(self) -> tuple[list[Series], list[Check]]:
-        """The average of R heads, with key codes of their own and with projections of one code."""
-        generator, n, d = self.generator(4), self.chain_items, self.chain_dimension
+        """The average of R heads, with key codes of their own and with projections of one code; n is the first of chains'."""
+        generator, n, d = self.generator(4), self.chain_items[0], self.chain_dimension
         own = [
             mean_of(capacity.cross_talk(n, d, self.draws, heads=r, generator=generator).error)
             for r in self.heads
