@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from regard._errors import InputError
 from regard.nn.aaren import Aaren
+from regard.nn.chunk_moe import ChunkMoE
 from regard.nn.deconstructed import (
     FixedTextQKAttention,
     NoMixing,
@@ -18,27 +19,35 @@ from regard.nn.delta_rule import DeltaRule
 from regard.nn.dynamic_mask_attention import DynamicMaskAttention, LinearDynamicMaskAttention
 from regard.nn.flow_attention import FlowAttention
 from regard.nn.graph_isomorphic import GINAttention, PNAAttention
+from regard.nn.hydra import Hydra
 from regard.nn.linear_attention import LinearAttention
+from regard.nn.mamba import Mamba
 from regard.nn.mixer import Mixer
 from regard.nn.mixture_of_heads import MixtureOfHeads
 from regard.nn.neural_memory import NeuralMemory
 from regard.nn.normalised_attention import NormalisedAttention
+from regard.nn.product_key_memory import ProductKeyMemory
 from regard.nn.qlstm import QLSTM, ReversedQLSTM
 from regard.nn.routing_attention import RoutingAttention
 from regard.nn.selective_state_space import S6, SSD
 from regard.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 from regard.nn.softmax_only import TemperatureAttention
+from regard.nn.sparse_global_attention import SparseGlobalAttention
 from regard.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from regard.nn.workspace_memory import WorkspaceMemory
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
     "aaren": Aaren,
+    "chunk_moe": ChunkMoE,
     "delta": DeltaRule,
     "dma": DynamicMaskAttention,
     "dma-linear": LinearDynamicMaskAttention,
     "fixed_text_qk": FixedTextQKAttention,
     "flow": FlowAttention,
     "gin": GINAttention,
+    "hydra": Hydra,
     "linear": LinearAttention,
+    "mamba": Mamba,
     "memory": NeuralMemory,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
@@ -47,6 +56,7 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "no_mixing": NoMixing,
     "normalised": NormalisedAttention,
     "pna": PNAAttention,
+    "product_keys": ProductKeyMemory,
     "qlstm": QLSTM,
     "qlstm_reversed": ReversedQLSTM,
     "random_qk": RandomQKAttention,
@@ -55,10 +65,12 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "self_gated": SelfGatedAttention,
     "sliding": SlidingWindowAttention,
     "softmax": SoftmaxAttention,
+    "sparse_global": SparseGlobalAttention,
     "ssd": SSD,
     "static_qk": StaticQKAttention,
     "taylor": TaylorAttention,
     "temperature": TemperatureAttention,
+    "workspace": WorkspaceMemory,
 }
 """Each makes a mixer from `(width, heads, **options)`."""
 

@@ -56,6 +56,7 @@ from regard.ops.eviction import (
     layer_preference,
 )
 from regard.ops.expected_attention import expected_attention
+from regard.ops.expert_routing import expert_balance, expert_gates, expert_mixture
 from regard.ops.fast_weights import (
     FastWeights,
     fast_weight_scan,
@@ -100,6 +101,8 @@ from regard.ops.kmeans_routing import (
 from regard.ops.linear_attention import causal_linear_attention, linear_attention
 from regard.ops.linear_recurrence import linear_recurrence
 from regard.ops.position_softmax import position_softmax, self_gate
+from regard.ops.product_keys import ProductKeys, product_key_search
+from regard.ops.selective_scan import selective_scan
 from regard.ops.softmax_expansion import (
     exponential_features,
     feature_count,
@@ -113,6 +116,7 @@ __all__ = [
     "ClusterMemory",
     "DynamicalSystem",
     "FastWeights",
+    "ProductKeys",
     "KernelRedundancy",
     "TaylorState",
     "allocate_layer_budgets",
@@ -139,6 +143,9 @@ __all__ = [
     "equivalent_normalisers",
     "eviction_score",
     "expected_attention",
+    "expert_balance",
+    "expert_gates",
+    "expert_mixture",
     "exponential_features",
     "extremal_scores",
     "fast_weight_scan",
@@ -165,6 +172,7 @@ __all__ = [
     "pna_aggregate",
     "position_softmax",
     "prefix_routed_attention",
+    "product_key_search",
     "process_adjacency",
     "pyramid_budgets",
     "query_norm_logits",
@@ -178,6 +186,7 @@ __all__ = [
     "sampled_rows",
     "scatter_mean",
     "score_norm",
+    "selective_scan",
     "selective_system",
     "self_gate",
     "self_loops",
