@@ -9,11 +9,12 @@ from torch.nn.functional import silu
 
 import regard
 from regard._errors import InputError
+from regard.engine import Block, Method
 from regard.instruments import Entropy
 from regard.nn import GINAttention, LanguageModel, LanguageModelConfig, PNAAttention
 from regard.nn.projections import merge_heads, split_heads
 from regard.nn.rotary import rotate
-from regard.ops.graph_attention import ADJACENCIES
+from regard.ops.graph_attention import ADJACENCIES, pna_aggregate, process_adjacency
 
 TOKENS, WIDTH, HEADS = 11, 24, 3
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -33,11 +34,12 @@ def shaken(mixer: nn.Module) -> nn.Module:
 
 
 def weights_of(mixer: GINAttention | PNAAttention, states: torch.Tensor) -> torch.Tensor:
-    places = torch.arange(TOKENS)
+    places = torch.arange(states.shape[1])
+    causal = CAUSAL[: len(places), : len(places)]
     query = rotate(split_heads(states @ mixer.q_proj.weight.T, HEADS), places)
     key = rotate(split_heads(states @ mixer.k_proj.weight.T, HEADS), places)
     scores = mixer.alpha * query @ key.mT / (WIDTH // HEADS) ** 0.5
-    return scores.masked_fill(~CAUSAL, -torch.inf).softmax(-1)
+    return scores.masked_fill(~causal, -torch.inf).softmax(-1)
 
 
 def network_of(mixer: GINAttention | PNAAttention, head: int, states: torch.Tensor, norm: bool):
@@ -134,12 +136,116 @@ def test_dropout_is_for_training() -> None:
     assert torch.equal(mixer(states), mixer(states))
 
 
-def test_instruments_see_the_softmax() -> None:
-    model = LanguageModel(LanguageModelConfig(mixers=["gin"], num_hidden_layers=2)).eval()
-    entropy = Entropy()
-    with regard.attach(model, entropy):
-        model(torch.randint(256, (1, 20)))
-    assert [len(heads) for heads in entropy.compute()["entropy"].values.values()] == [4, 4]
+class Reader(Method):
+    """Keeps the weights that it sees, at their keys."""
+
+    reads_only = True
+
+    def __init__(self) -> None:
+        self.rows: list[torch.Tensor] = []
+
+    def weights(self, block: Block) -> None:
+        after = block.call.keys - block.keys.stop
+        self.rows.append(nn.functional.pad(block.weights, (block.keys.start, after)).clone())
+
+
+class FirstOnly(Method):
+    """All attention to the first key."""
+
+    def weights(self, block: Block) -> torch.Tensor:
+        return torch.zeros_like(block.weights).index_fill(-1, torch.tensor([0]), 1)
+
+
+class Alone(nn.Module):
+    """A mixer as a model of one block."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"self_attn": mixer})])
+
+    def forward(self, states: torch.Tensor, **rest: object) -> torch.Tensor:
+        return self.layers[0]["self_attn"](states, **rest)
+
+
+KINDS = [(kind, name) for kind in (GINAttention, PNAAttention) for name in ADJACENCIES]
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS)
+def test_instruments_see_the_softmax_and_change_nothing(
+    kind: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regard.engine.blockwise.block_size", lambda call: 4)
+    mixer = shaken(kind(WIDTH, HEADS, adjacency=name, threshold=0.12))
+    model, states = Alone(mixer), hidden()
+    plain, reader = model(states), Reader()
+    with regard.attach(model, reader):
+        torch.testing.assert_close(model(states), plain)
+    torch.testing.assert_close(torch.cat(reader.rows, 2), weights_of(mixer, states))
+
+
+@pytest.mark.parametrize("kind", [GINAttention, PNAAttention])
+def test_they_see_new_tokens_after_a_state_and_no_padding(kind: type[nn.Module]) -> None:
+    mixer, states = shaken(kind(WIDTH, HEADS, adjacency="relu")), hidden()
+    model, state, reader = Alone(mixer), {}, Reader()
+    valid = torch.ones(2, TOKENS, dtype=torch.bool)
+    valid[0, :3] = False
+    model(states[:, :7], valid=valid[:, :7], state=state)
+    with regard.attach(model, reader):
+        model(states[:, 7:], valid=valid[:, 7:], state=state)
+    shorter = states[:1, 3:]
+    expected = weights_of(mixer, shorter)[:, :, 4:]  # rotary scores know distances only
+    (found,) = reader.rows
+    assert not found[0, :, :, :3].any()
+    torch.testing.assert_close(found[:1, :, :, 3:], expected)
+    torch.testing.assert_close(found[1:], weights_of(mixer, states[1:])[:, :, 7:])
+
+
+@pytest.mark.parametrize("name", ["none", "sigmoid"])
+@pytest.mark.parametrize("kind", [GINAttention, PNAAttention])
+def test_what_a_method_does_to_the_weights_is_what_is_aggregated(
+    kind: type[nn.Module], name: str
+) -> None:
+    mixer, states = shaken(kind(WIDTH, HEADS, adjacency=name)), hidden()
+    model = Alone(mixer)
+    with regard.attach(model, FirstOnly()):
+        found = model(states)
+    weights = torch.zeros(2, HEADS, TOKENS, TOKENS, dtype=torch.float64)
+    weights[..., 0] = 1
+    edges = process_adjacency(weights, CAUSAL, name)
+    values = mixer.value_of(states)
+    mixed = {
+        GINAttention: lambda: edges @ values + mixer.epsilon * values,
+        PNAAttention: lambda: pna_aggregate(edges, values, values),
+    }[kind]()
+    expected = mixer.o_proj(merge_heads(mixer.network(mixed)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_sampled_rows_are_rows_of_the_softmax() -> None:
+    mixer, states = shaken(PNAAttention(WIDTH, HEADS)), hidden()
+    model, reader = Alone(mixer), Reader()
+    plain = model(states)
+    with regard.attach(model, reader, rows=1 / 3):
+        assert torch.equal(model(states), plain)
+    weights = weights_of(mixer, states)
+    for row in torch.cat(reader.rows, 2).unbind(2):
+        assert ((weights - row[:, :, None]).abs().amax((0, 1, 3)) < 1e-12).sum() == 1
+
+
+@pytest.mark.parametrize("mixer", ["gin", ("gin", {"adjacency": "relu"}), "pna"])
+def test_observing_a_language_model(mixer: object) -> None:
+    model = LanguageModel(LanguageModelConfig(mixers=[mixer], num_hidden_layers=2)).eval().double()
+    ids = torch.randint(256, (1, 20))
+    seen = regard.observe(model, ids, Entropy())["entropy"].values
+    states = model.layers[0].input_layernorm(model.embed_tokens(ids))
+    query, key = model.layers[0].self_attn.query_key_of(states)
+    query, key = (rotate(part, torch.arange(20)) for part in (query, key))
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    causal = torch.ones(20, 20).tril() > 0
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    expected = torch.special.entr(weights).sum(-1).mean(-1)[0]
+    torch.testing.assert_close(seen["", 0], expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    assert len(seen) == 2
 
 
 def test_mistakes_are_named() -> None:

@@ -8,7 +8,8 @@
     PNA   v = W_v h;  o_i = W_2 silu(W_1 [sum; mean; max; variance of v over the neighbours of i]);  output = W_o o
 
 A GIN layer thus replaces the linear maps W_v and W_o by a small network of each head, and W_o may be left out: the best model of
-the paper has m = 1/2 and none. `regard.ops.graph_attention` has the aggregates and the choices of f.
+the paper has m = 1/2 and none. `regard.ops.graph_attention` has the aggregates and the choices of f. Both are softmax attention
+with another `attend`, and their weights go through `regard`'s engine, so that instruments and interventions attach.
 
 Source: Buehler 2025, "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers", arXiv 2501.02393. Here the two
 parts of a PNA layer are those that its text describes: the released maximum returns a token's own value. Left out: scores from
@@ -21,14 +22,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard._errors import InputError
-from regard.nn.mixer import Mixer, State
-from regard.nn.projections import Projections, merge_heads, split_heads
-from regard.nn.rotary import rotate
-from regard.nn.softmax_attention import SoftmaxAttention, remember
+from regard.attach.session import dispatch
+from regard.engine import AttentionCall, blockwise, dense
+from regard.nn.projections import split_heads
+from regard.nn.softmax_attention import SoftmaxAttention
 from regard.ops.graph_attention import (
     check_adjacency,
     check_aggregators,
@@ -81,7 +82,74 @@ class HeadNetwork(nn.Module):
         return nn.functional.silu(hidden) @ self.second + self.second_bias
 
 
-class GINAttention(SoftmaxAttention):
+class GraphAttention(SoftmaxAttention):
+    """Base of both: softmax attention whose weights are the edges of a graph. Subclasses define `attend`.
+
+    Args:
+        width: of the tokens.
+        heads: must divide `width`, with an even quotient.
+        sharpening: learn alpha; 1 otherwise.
+        adjacency: f, one of `regard.ops.graph_attention.ADJACENCIES`; "none" takes the softmaxed weights as they are.
+        threshold: of f.
+
+    Raises:
+        InputError: heads that do not divide, or an unknown adjacency.
+    """
+
+    network: HeadNetwork
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        sharpening: bool,
+        adjacency: str,
+        threshold: float | int,
+    ) -> None:
+        super().__init__(width, heads)
+        check_adjacency(adjacency)
+        self.adjacency, self.threshold = adjacency, threshold
+        self.alpha = nn.Parameter(torch.ones(())) if sharpening else None
+
+    def query_key_of(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = super().query_key_of(states)
+        return query if self.alpha is None else self.alpha * query, key
+
+    def edges(
+        self, query: Tensor, key: Tensor, *, mask: Any = None, **rest: Any
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """E of new tokens over all so far, from weights that methods have seen and may have changed."""
+        (batch, heads, queries, _), keys = query.shape, key.shape[2]
+        visible = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+        visible = visible.tril(keys - queries) if mask is None else mask.visible()
+        query, key = wide(query), wide(key)
+        one_hot = torch.eye(keys, dtype=query.dtype, device=query.device)
+        call = AttentionCall.make(
+            query,
+            key,
+            one_hot.expand(batch, heads, keys, keys),  # attention to them is the weights
+            mask=mask,
+            module=self,
+            query_offset=keys - queries,
+            **rest,
+        )
+        given = (call.key, call.value, call.mask)
+
+        def weights_of(call: AttentionCall) -> Tensor:
+            same = zip(given, (call.key, call.value, call.mask), strict=True)
+            if dense.can_attend(call) and all(old is new for old, new in same):
+                scores = call.query @ call.key.mT * call.scaling
+                return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+            output = blockwise.attend(call, (), ())  # a method has put in something else
+            assert output is not None
+            return output
+
+        call.fused = weights_of
+        return process_adjacency(dispatch(self, call), visible, self.adjacency, self.threshold)
+
+
+class GINAttention(GraphAttention):
     """GIN-Attention with rotary positions.
 
     Args:
@@ -95,7 +163,9 @@ class GINAttention(SoftmaxAttention):
         dropout: within the network.
 
     Cost: 2 width^2 multiplications a token for queries and keys, 2 mlp_mult width^2 / heads for the networks, 2 width for each
-    visible key; with an `adjacency` also the queries x keys weights in memory. The state holds the keys and inputs of all tokens.
+    visible key. With an `adjacency` also the queries x keys weights in memory, and methods that read every row of weights take
+    keys multiplications more for each of them; to what reads values or head outputs these are then the tokens' indicators and
+    the weights. The state holds the keys and inputs of all tokens.
 
     Raises:
         InputError: heads that do not divide, a multiplier that leaves no hidden number, or an unknown adjacency.
@@ -117,38 +187,30 @@ class GINAttention(SoftmaxAttention):
         threshold: float | int = 0.2,
         dropout: float | int = 0.1,
     ) -> None:
-        super().__init__(width, heads)
-        check_adjacency(adjacency)
+        super().__init__(
+            width, heads, sharpening=sharpening, adjacency=adjacency, threshold=threshold
+        )
         dim = width // heads
-        self.adjacency, self.threshold = adjacency, threshold
         del self.v_proj
         if not o_proj:
             self.o_proj = nn.Identity()
-        self.alpha = nn.Parameter(torch.ones(())) if sharpening else None
         self.epsilon = nn.Parameter(torch.zeros(heads, 1, 1))
         self.network = HeadNetwork(heads, dim, _hidden(mlp_mult, dim), dim, dropout=dropout)
 
     def value_of(self, states: Tensor) -> Tensor:
         return split_heads(states, self.heads)
 
-    def query_key_of(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        query, key = super().query_key_of(states)
-        return query if self.alpha is None else self.alpha * query, key
-
-    def mix(
-        self, hidden: Tensor, valid: Tensor | None, state: State | None
-    ) -> Float[Tensor, "batch heads tokens dim"]:
-        own = self.value_of(hidden)
-        if self.adjacency == "none":  # plain softmax attention, which instruments see
-            mixed = super().mix(hidden, valid, state).to(hidden.dtype) + self.epsilon * own
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
+        own = value[:, :, -query.shape[2] :]
+        if self.adjacency == "none":  # plain softmax attention, which needs no weights in memory
+            mixed = super().attend(query, key, value, **rest) + self.epsilon * own
         else:
-            weights, states, visible = weighed(self, hidden, valid, state)
-            edges = process_adjacency(weights, visible, self.adjacency, self.threshold)
-            mixed = gin_aggregate(edges, wide(states), wide(own), wide(self.epsilon))
-        return self.network(mixed.to(hidden.dtype))
+            edges = self.edges(query, key, **rest)
+            mixed = gin_aggregate(edges, wide(value), wide(own), wide(self.epsilon))
+        return self.network(mixed.to(value.dtype))
 
 
-class PNAAttention(Projections, Mixer):
+class PNAAttention(GraphAttention):
     """PNA-Attention with rotary positions.
 
     Args:
@@ -163,8 +225,9 @@ class PNAAttention(Projections, Mixer):
         neighbour: a key is a neighbour where its edge is above this.
 
     Cost: 4 width^2 multiplications a token for the projections, (aggregators + 1) mlp_mult width^2 / heads for the networks,
-    2 width for each visible key; the maximum compares as many numbers again. The weights are queries x keys in memory, and not
-    seen by instruments. The state holds keys and values of all tokens.
+    2 width for each visible key; the maximum compares as many numbers again. The weights are queries x keys in memory, and
+    methods that read every row of them take keys multiplications more for each; what reads values or head outputs sees the
+    tokens' indicators and the weights. The state holds keys and values of all tokens.
 
     Raises:
         InputError: heads that do not divide, a multiplier that leaves no hidden number, an unknown adjacency or aggregator.
@@ -173,8 +236,6 @@ class PNAAttention(Projections, Mixer):
     >>> mixer(torch.randn(2, 10, 32)).shape
     torch.Size([2, 10, 32])
     """
-
-    positional = True
 
     def __init__(
         self,
@@ -188,64 +249,25 @@ class PNAAttention(Projections, Mixer):
         threshold: float | int = 0.2,
         neighbour: float | int = 0.0,
     ) -> None:
-        super().__init__(width, heads, even=True)
-        check_adjacency(adjacency)
+        super().__init__(
+            width, heads, sharpening=sharpening, adjacency=adjacency, threshold=threshold
+        )
         check_aggregators(aggregators)
         dim = width // heads
-        self.aggregators = tuple(aggregators)
-        self.adjacency, self.threshold, self.neighbour = adjacency, threshold, neighbour
-        self.alpha = nn.Parameter(torch.ones(())) if sharpening else None
+        self.aggregators, self.neighbour = tuple(aggregators), neighbour
         self.network = HeadNetwork(
             heads, len(self.aggregators) * dim, _hidden(mlp_mult, dim), dim, norm=False
         )
 
-    def query_key_of(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        query, key = super().query_key_of(states)
-        return query if self.alpha is None else self.alpha * query, key
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "batch tokens width"],
-        *,
-        valid: Bool[Tensor, "batch tokens"] | None = None,
-        state: State | None = None,
-    ) -> Float[Tensor, "batch tokens width"]:
-        weights, values, visible = weighed(self, hidden, valid, state)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
         found = pna_aggregate(
-            process_adjacency(weights, visible, self.adjacency, self.threshold),
-            wide(values),
-            wide(values[:, :, -hidden.shape[1] :]),
+            self.edges(query, key, **rest),
+            wide(value),
+            wide(value[:, :, -query.shape[2] :]),
             aggregators=self.aggregators,
             threshold=self.neighbour,
         )
-        return self.o_proj(merge_heads(self.network(found.to(hidden.dtype))))
-
-
-def weighed(
-    mixer: Any, hidden: Tensor, valid: Tensor | None, state: State | None
-) -> tuple[
-    Float[Tensor, "batch heads queries keys"],
-    Float[Tensor, "batch heads keys dim"],
-    Bool[Tensor, "rows 1 queries keys"],
-]:
-    """Softmaxed weights of new tokens over all so far, the values, and who may see whom; keys and values go into the state.
-
-    A padding token sees itself, so that no row of weights is empty.
-    """
-    tokens, device = hidden.shape[1], hidden.device
-    seen = int(state["seen"][0]) if state else 0
-    positions = torch.arange(seen, seen + tokens, device=device)
-    query, key = (rotate(part, positions) for part in mixer.query_key_of(hidden))
-    value, known = mixer.value_of(hidden), valid
-    if state is not None:
-        key, value, known = remember(state, key, value, valid)
-    keys = key.shape[2]
-    visible = torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
-    if known is not None:
-        itself = visible & ~visible.tril(keys - tokens - 1)
-        visible = visible & (known[:, None, None] | itself)
-    scores = wide(query) @ wide(key).mT * query.shape[-1] ** -0.5
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1), value, visible
+        return self.network(found.to(value.dtype))
 
 
 def _hidden(multiplier: float | int, dim: int) -> int:
