@@ -35,7 +35,7 @@ def phases_part(lab: BrainBasis) -> tuple[list[Series], list[Check]]:
     right, turn = phases.switch_sender(
         torch.tensor(lab.kappas, dtype=torch.float64), lab.trials, generator, cycle=cycle
     )
-    at, _half = int(turn), cycle // 2
+    at = int(turn)
     before, after = right[:, :at].mean(1).numpy(), right[:, at + cycle :].mean(1).numpy()
     bar = 1.96 * np.sqrt(np.maximum(after * (1 - after), 1e-12) / lab.trials)
     nothing = np.zeros(len(leaks))
@@ -135,7 +135,6 @@ def spikes_part(lab: BrainBasis) -> tuple[list[Series], list[Check]]:
     phase = [mean_of(row) if len(row) > 1 else (math.nan, math.nan) for row in first]
     rate = [mean_of(row * 7.5) for row in found.counts]
     heard = np.array([np.isfinite(middle) for middle, _ in phase])
-    np.full(len(drives), np.nan)
     before_rate, before_phase = (
         np.array([SPIKING.get(d, (math.nan, math.nan))[i] for d in lab.drives]) for i in range(2)
     )
