@@ -136,7 +136,8 @@ class ChunkMoE(Mixer):
 
     def _scores(self, summary: Float[Tensor, "batch chunks width"]) -> Tensor:
         assert self.router is not None
-        return summary @ wide(self.router.weight).mT / self.temperature
+        # summed by itself, chunk by chunk: how a matrix product rounds depends on the batch, and a choice hangs on it
+        return (summary[..., None, :] * wide(self.router.weight)).sum(-1) / self.temperature
 
 
 class WholeChunkMoE(ChunkMoE):

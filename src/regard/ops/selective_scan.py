@@ -5,13 +5,15 @@
 Every channel has its own step Delta, every entry of its state its own rate a; B and C are the same for all channels.
 
 Tokens are cut into blocks. All blocks run side by side from empty states, one token of each at a time; what they leave is joined
-by `linear_recurrence`; and the state before a block reaches its i-th token faded by e^{a (Delta_1 + .. + Delta_i)}. Decays are
-multiplied and never divided, so that one that underflows does no harm.
+by `linear_recurrence`; and the state before each block then fades through it, again one token of each block at a time. Decays
+are multiplied and never divided, so that one that underflows does no harm.
 
 Source: Gu and Dao 2023, "Mamba", arXiv 2312.00752.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -45,8 +47,8 @@ def selective_scan(
         read: C.
         initial: the state before the first token, zeros by default.
 
-    Cost: about 8 multiplications and 2 exponentials for each of the channels x state numbers of a token's state. Beside inputs
-    and outputs, `ROOM` numbers or two states are held at once; all states when differentiated.
+    Cost: about 8 multiplications and an exponential for each of the channels x state numbers of a token's state. Beside inputs
+    and outputs, the decays of `BLOCK` x `ROOM` numbers are held; decays and states of all tokens when differentiated.
 
     Raises:
         InputError: no tokens.
@@ -61,14 +63,15 @@ def selective_scan(
         raise InputError.of("inputs", given=tuple(inputs.shape), expected="of 1 or more tokens")
     block = min(BLOCK, tokens)
     together = block * max(1, ROOM // (batch * rate.numel()))
-    last = inputs.new_zeros(batch, channels, rate.shape[1]) if initial is None else initial
+    doubling = (rate * math.log2(math.e)).mT  # powers of 2 take half the time of powers of e
+    last = inputs.new_zeros(batch, rate.shape[1], channels) if initial is None else initial.mT
     outputs = []
     for parts in zip(
         *(part.split(together, 1) for part in (step * inputs, step, write, read)), strict=True
     ):
-        output, last = _blocks(*parts, rate=rate, before=last, block=block)
+        output, last = _blocks(*parts, rate=doubling, before=last, block=block)
         outputs.append(output)
-    return torch.cat(outputs, 1), last
+    return torch.cat(outputs, 1), last.mT
 
 
 def _blocks(
@@ -81,26 +84,24 @@ def _blocks(
     before: Tensor,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """Some blocks at once, the last filled up with steps of 0."""
+    """Some blocks at once, the last filled up with steps of 0; states are `[batch, blocks, state, channels]`."""
     tokens = given.shape[1]
     given, step, write, read = (
-        pad(part, (0, 0, 0, -tokens % block)).unflatten(1, (-1, block)).transpose(1, 2)
+        pad(part, (0, 0, 0, -tokens % block)).unflatten(1, (-1, block))
         for part in (given, step, write, read)
-    )  # [batch, place in the block, blocks, ...]
-    elapsed = step.cumsum(1)
-    fade = lambda length: (length[..., None] * rate).exp()  # noqa: E731
-    own, state = [], given[:, 0, :, :, None] * write[:, 0, :, None]
+    )  # [batch, blocks, place in the block, ...]
+    state, fades, own = None, [], []
     for i in range(block):
-        if i:
-            written = given[:, i, :, :, None] * write[:, i, :, None]
-            state = torch.addcmul(written, fade(step[:, i]), state)
-        own.append(state @ read[:, i, ..., None])
-    ends = linear_recurrence(
-        fade(elapsed[:, -1]).flatten(2), state.flatten(2), before.flatten(1)
-    ).view_as(state)
-    starts = torch.cat([before[:, None], ends[:, :-1]], 1)
-    outputs = [
-        part + (fade(elapsed[:, i]) * starts) @ read[:, i, ..., None] for i, part in enumerate(own)
-    ]
-    mixed = torch.stack(outputs, 2)[..., 0]
-    return mixed.flatten(1, 2)[:, :tokens], ends[:, -1]
+        fade = (step[:, :, i, None] * rate).exp2()
+        written = write[:, :, i, :, None] * given[:, :, i, None]
+        state = written if state is None else torch.addcmul(written, fade, state)
+        fades.append(fade)
+        own.append(read[:, :, i, None] @ state)
+    assert state is not None
+    whole = (step.sum(2)[:, :, None] * rate).exp2()
+    ends = linear_recurrence(whole.flatten(2), state.flatten(2), before.flatten(1)).view_as(state)
+    carried, outputs = torch.cat([before[:, None], ends[:, :-1]], 1), []
+    for i in range(block):
+        carried = fades[i] * carried
+        outputs.append(own[i] + read[:, :, i, None] @ carried)
+    return torch.cat(outputs, 2).flatten(1, 2)[:, :tokens], ends[:, -1]
