@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,14 +20,31 @@ def model() -> LanguageModel:
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = ("softmax", {"kv_heads": 2})
     made = LanguageModel(LanguageModelConfig(vocab_size=40, mixers=[options], **shape)).eval()
-    vocabulary = {f"Ġ{'abcdefghijklmnopqrstuvwxyz'[i]}word": i for i in range(26)}
-    vocabulary |= {"Ġab": 30, "word": 31, "ĠWord": 32, "Ġ1234": 33}
-    made.tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+    made.tokenizer = Words()
     return made
 
 
-def test_words_are_whole_lower_case_and_begin_a_word():
-    assert sorted(runs.one_token_words(model().tokenizer)) == list(range(26))
+class Words:
+    """26 words, and tokens that are none."""
+
+    def get_vocab(self) -> dict[str, int]:
+        words = {f"Ġ{chr(ord('a') + i)}word": i for i in range(26)}
+        return words | {"Ġab": 30, "word": 31, "ĠWord": 32, "Ġ1234": 33}
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [{":": 34, "\n": 35}[text]]}
+
+
+def test_words_are_whole_lower_case_common_and_begin_a_word():
+    assert runs.common_words(Words()) == list(range(26))
+    assert runs.common_words(Words(), 3) == [0, 1, 2]
+
+
+def test_a_prompt_has_a_line_for_each_pair_and_asks_for_one():
+    ids, places = runs.lines(Words(), [1, 2], [11, 12], 2)
+    assert ids == [35, 1, 34, 11, 35, 2, 34, 12, 35, 2, 34]
+    assert [ids[at] for at in places] == [11, 12]
 
 
 def test_what_heads_do_is_what_dense_attention_does():
@@ -59,7 +75,23 @@ def test_pairs_are_asked_for_once_and_every_head_is_described():
     assert len(found["mass"]) == len(found["safe"]) == 2 * 4
     assert found["safe"][0] == found["safe"][1] != found["safe"][2]
     assert max(found["safe"]) <= math.sqrt(4) + 1e-9
+    assert found["right"] <= found["among"] <= 1
     assert found == runs.pairs_in_context(model(), 4, 5)
+
+
+def test_a_model_that_copies_the_asked_value_is_always_right():
+    made = model()
+
+    class Copies(type(made)):
+        def forward(self, ids, **options):
+            output = super().forward(ids, **options)
+            for row, logits in zip(ids, output.logits, strict=True):
+                logits[-1, row[1 + (row[1:-2] == row[-2]).nonzero()[0, 0] + 2]] += 100
+            return output
+
+    made.__class__ = Copies
+    found = runs.pairs_in_context(made, 4, 5)
+    assert found["right"] == found["among"] == 1
 
 
 def test_a_report_has_a_row_for_every_kv_head_from_the_keys_of_all_texts():
@@ -74,6 +106,9 @@ def test_a_report_has_a_row_for_every_kv_head_from_the_keys_of_all_texts():
         assert keys.shape == (21, 4)
         assert row.safe == pytest.approx(float(safe_associations(keys.double())))
         assert row.cross_talk * row.dimension == pytest.approx(1)
+    (some, *_) = head_capacity_report(made, ids, torch.tensor([1, 4, 5]))
+    keys = reader.keys[0][:, 0, [1, 4, 5]].flatten(0, 1).double()
+    assert some.safe == pytest.approx(float(safe_associations(keys)))
 
 
 def test_effects_are_shares_of_a_response():

@@ -130,46 +130,69 @@ class SlotReader(Method):
 
 
 def pairs_in_context(model: Any, pairs: int, prompts: int, seed: int = 0) -> dict[str, Any]:
-    """Prompts "k1 v1 k2 v2 ... kn vn k", k one of the keys: how often its value follows, and what every head does.
+    """Prompts of n lines "k: v" and then "k:" again, k one of the keys: how often its value follows, and what heads do.
 
-    Keys and values are different one-token words. `mass` is the mean attention of each head from the last token to the
-    value that should follow, `safe` each head's square root of the effective dimension of its KV head's keys.
+    Keys and values are different common words of one token.
+
+    Returns:
+        `right`, the share of prompts whose likeliest next word is the value, and `among`, the share whose likeliest of all
+        stored values is; for each head `mass`, the mean attention from the last token to the value that should follow, and
+        `safe`, the square root of the effective dimension of its KV head's keys at the values.
     """
-    dealer = random.Random(seed)
-    words = one_token_words(model.tokenizer)
-    rows, slots, answers = [], [], []
+    dealer, words = random.Random(seed), common_words(model.tokenizer)
+    rows, slots, asked, stored = [], [], [], []
     for _ in range(prompts):
         drawn = dealer.sample(words, 2 * pairs)
-        asked = dealer.randrange(pairs)
-        rows.append([*drawn, drawn[2 * asked]])
-        slots.append(2 * asked + 1)
-        answers.append(drawn[2 * asked + 1])
-    ids = torch.tensor(rows)
+        keys, values = drawn[::2], drawn[1::2]
+        at = dealer.randrange(pairs)
+        ids, places = lines(model.tokenizer, keys, values, keys[at])
+        rows.append(ids)
+        slots.append(places[at])
+        asked.append(at)
+        stored.append(values)
+    ids, target = torch.tensor(rows), torch.tensor(asked)
     looking = SlotReader(torch.tensor(slots))
     with torch.no_grad(), attach(model, looking):
         logits = model(ids).logits[:, -1]
-    right = (logits.argmax(-1) == torch.tensor(answers)).float().mean()
+    of_values = logits.gather(1, torch.tensor(stored))
+    best = of_values.gather(1, target[:, None]).squeeze(1)
     mass = [part for _, heads in sorted(looking.mass.items()) for part in heads.tolist()]
-    report = head_capacity_report(model, ids)
+    report = head_capacity_report(model, ids, torch.tensor(places))
     group = len(mass) // len(report)
-    safe = [one.safe for one in report for _ in range(group)]
-    return {"pairs": pairs, "right": float(right), "mass": mass, "safe": safe}
+    return {
+        "pairs": pairs,
+        "prompts": prompts,
+        "right": float((best == logits.amax(1)).float().mean()),
+        "among": float((best == of_values.amax(1)).float().mean()),
+        "mass": mass,
+        "safe": [one.safe for one in report for _ in range(group)],
+    }
 
 
-def one_token_words(tokenizer: Any) -> list[int]:
-    """Tokens that are a space and four or more lower-case letters."""
-    found = []
-    for text, number in sorted(tokenizer.get_vocab().items()):
-        word = text[1:]
-        if (
-            text[:1] == "Ġ"
-            and len(word) >= 4
-            and word.isascii()
-            and word.isalpha()
-            and word.islower()
-        ):
-            found.append(number)
-    return found
+def lines(
+    tokenizer: Any, keys: Sequence[int], values: Sequence[int], asked: int
+) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, which begins with an empty line for attention to rest on, and where its values are."""
+    (colon,), (end,) = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ":\n")
+    ids, places = [end], []
+    for key, value in zip(keys, values, strict=True):
+        ids += [key, colon, value, end]
+        places.append(len(ids) - 2)
+    return [*ids, asked, colon], places
+
+
+def common_words(tokenizer: Any, count: int = 2000) -> list[int]:
+    """The first tokens that are a space and four or more lower-case letters; merges are numbered by how common they are."""
+    found = [
+        number
+        for text, number in tokenizer.get_vocab().items()
+        if text[:1] == "Ġ"
+        and len(word := text[1:]) >= 4
+        and word.isascii()
+        and word.isalpha()
+        and word.islower()
+    ]
+    return sorted(found)[:count]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> dict[str, float]:

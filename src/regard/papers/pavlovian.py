@@ -347,23 +347,33 @@ def _interval(values: list[float]) -> tuple[float, float]:
 
 
 def record_heads(run: Run) -> None:
-    model, prompts = run.model(), 24
+    model, prompts = run.model(), 64
     found = [
         run.partial(f"pairs/{n}", lambda n=n: runs.pairs_in_context(model, n, prompts))
         for n in run.progress(PAIRS, "pairs in context")
     ]
     safe = np.array(found[-1]["safe"])
-    recalled = [one["pairs"] for one in found if one["right"] > 0.5]
-    most = max(recalled, default=0)
+    least, most = float(safe.mean()), 0
+    sure = possible = 0
+    for one in found:
+        share, half = one["right"], 1.96 * math.sqrt(one["right"] * (1 - one["right"]) / prompts)
+        most = one["pairs"] if share > 0.5 else most
+        sure = one["pairs"] if share - half > 0.5 else sure
+        possible = one["pairs"] if share + half > 0.5 else possible
     where = f"SmolLM2-135M-Instruct, n in {PAIRS}, {prompts} prompts each"
     run.record(
         "capacity",
-        here=most / float(safe.mean()),
-        holds=most > float(safe.mean()) if recalled else None,
+        here=most / least,
+        interval=(sure / least, possible / least),
+        holds=True if sure > least else False if possible <= least else None,
         setting=where,
-        note=f"sqrt(d_eff) over {len(safe)} heads: {safe.min():.1f} to {safe.max():.1f}, mean {safe.mean():.1f} (keys after "
-        "their positions, centred); recall: "
-        + ", ".join(f"n = {one['pairs']}: {100 * one['right']:.0f} %" for one in found),
+        note=f"sqrt(d_eff) over {len(safe)} heads: {safe.min():.1f} to {safe.max():.1f}, mean {least:.1f} (keys at the values, "
+        "after their positions, centred); recalled as the likeliest of all words: "
+        + ", ".join(f"n = {one['pairs']}: {100 * one['right']:.0f} %" for one in found)
+        + "; as the likeliest of the stored values: "
+        + ", ".join(f"{100 * one['among']:.0f} %" for one in found)
+        + "; interval: between the n that are recalled so surely and possibly, binomial 95 %"
+        + ("; it has 1 inside" if sure <= least < possible else ""),
     )
     few, many = np.array(found[1]["mass"]), np.array(found[-1]["mass"])
     used = few > 0.2
@@ -418,7 +428,13 @@ def draw_heads(found: list[dict[str, Any]], safe: np.ndarray) -> Figure:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     counts = [one["pairs"] for one in found]
-    axes[0].plot(counts, [100 * one["right"] for one in found], "o-", color="C1", ms=4)
+    for key, colour, label in (
+        ("among", "C2", "likeliest of the stored values"),
+        ("right", "C1", "likeliest of all words"),
+    ):
+        shares = [100 * one[key] for one in found]
+        axes[0].plot(counts, shares, "o-", color=colour, ms=4, label=label)
+    axes[0].legend(frameon=False, fontsize=8)
     axes[0].axvspan(float(safe.min()), float(safe.max()), color="C0", alpha=0.2)
     axes[0].text(float(safe.min()), 4, "sqrt(d_eff) of the heads", fontsize=8, color="C0")
     axes[0].set(xscale="log", xlabel="n, pairs in context", ylabel="recalled, %", ylim=(0, 105))

@@ -72,20 +72,29 @@ class HeadCapacity:
 
 @torch.no_grad()
 def head_capacity_report(
-    model: nn.Module, tokens: Int[Tensor, "batch tokens"]
+    model: nn.Module,
+    tokens: Int[Tensor, "batch tokens"],
+    places: Int[Tensor, " places"] | None = None,
 ) -> list[HeadCapacity]:
     """Reads the keys of a live model on texts without padding: a row for each KV head of each layer.
 
-    Keys are taken after their positions, all texts together, so that rotations count as directions.
+    Keys are taken after their positions, all texts together, so that rotations count as directions. The first token of a text
+    often is an attention sink with a key far off all others; `places` leaves out what is not an association.
 
-    Cost: one forward pass, and O(batch x tokens x dim^2) for each KV head.
+    Args:
+        model: anything `attach` takes.
+        tokens: of one or more texts.
+        places: positions whose keys count; all by default.
+
+    Cost: one forward pass, and O(batch x places x dim^2) for each KV head.
     """
     reader = KeyReader()
     with attach(model, reader):
         model(tokens)
     rows = []
     for layer, keys in sorted(reader.keys.items()):
-        pooled = keys.transpose(0, 1).flatten(1, 2).double()
+        kept = keys if places is None else keys[:, :, places]
+        pooled = kept.transpose(0, 1).flatten(1, 2).double()
         for head, ratio in enumerate(participation_ratio(centred(pooled)).tolist()):
             rows.append(HeadCapacity(layer, head, ratio, 1 / ratio, ratio**0.5))
     return rows
