@@ -124,9 +124,13 @@ def draw_spikes(lab: BrainBasis, result: Result) -> Figure:
             cycle * length, color="C3", lw=0.8, label="peak inhibition" if cycle == 0 else None
         )
     axes[0].set(xlabel="time, ms", ylabel="drive, thresholds", title="spikes, three cycles")
-    axes[0].legend(frameon=False, fontsize=7, loc="upper right")
+    axes[0].set_ylim(1.0, 2.05)
+    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
     for ax, name in zip(axes[1:], ("rate", "first-spike phase"), strict=True):
         draw(ax, [result.series[name]])
+        for drawn in ax.get_lines()[:1]:
+            drawn.set_label("another simulation")
+        ax.legend(frameon=False, fontsize=8)
         ax.set_title(name)
     return figure
 

@@ -292,7 +292,7 @@ def experiment(run: Run) -> None:
     )
     record_gate(run)
     run.figure("latching", runs.draw_walks(walks, run.pick(quick=300, full=1200)), format="png")
-    run.figure("sequences", result.plot(["within the group", "keys visited", "dwell"]))
+    run.figure("sequences", result.plot(["within the group", "keys visited"]))
     run.figure("gate", result.plot(["leak", "turning to the other sender", "sender heard"]))
     run.figure("spikes", runs.draw_spikes(lab, result))
     run.figure("network", runs.draw_network(lab, result), format="png")
