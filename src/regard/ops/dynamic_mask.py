@@ -69,8 +69,9 @@ def running_top_k(scores: Float[Tensor, "*rows tokens"], k: int) -> Int[Tensor, 
     `end_j` is `tokens` for those that never drop out, and j for those that never were among the k highest. Of equal scores the
     newer one counts as higher.
 
-    Cost: O(tokens log tokens) time, O(tokens) memory: the k-th highest of every prefix comes from a wavelet matrix, one pass for
-    each bit of the ranks, and a token ends where that reaches its own rank.
+    Cost: O(tokens) to find the few that ever stood among the k highest, about k (1 + log2(tokens / k)) = m of them for scores in
+    random order and all for scores that only rise; then O(m log m): the k-th highest of every prefix comes from a wavelet
+    matrix, one pass for each bit of the ranks, and a token ends where that reaches its own rank. Memory O(tokens).
 
     Raises:
         InputError: k below 1.
@@ -80,12 +81,58 @@ def running_top_k(scores: Float[Tensor, "*rows tokens"], k: int) -> Int[Tensor, 
     """
     if k < 1:
         raise InputError.of("k", given=k, expected="1 or more")
-    tokens = scores.shape[-1]
+    scores, tokens = scores.detach(), scores.shape[-1]
     place = torch.arange(tokens, device=scores.device)
-    order = scores.detach().contiguous().argsort(dim=-1, stable=True)
+    index = true_places(_contenders(scores, k))
+    if 2 * index.shape[-1] >= tokens:
+        return torch.maximum(_drops_out(scores, k), place)
+    padded = pad(
+        scores, (0, 1), value=-torch.inf
+    )  # empty slots, which come last, stand behind the end
+    ends = _drops_out(padded.gather(-1, index), k)
+    ends = pad(index, (0, 1), value=tokens).gather(-1, ends)
+    lasting = pad(place.expand_as(scores), (0, 1)).scatter(-1, index, torch.maximum(ends, index))
+    return lasting[..., :tokens]
+
+
+def _contenders(scores: Float[Tensor, "*rows tokens"], k: int) -> Bool[Tensor, "*rows tokens"]:
+    """False at tokens that cannot be among the k highest so far, for all that the ever longer prefixes before them tell."""
+    tokens = scores.shape[-1]
+    chosen = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    best, seen = scores[..., :k], k
+    while seen < tokens:
+        chunk = slice(seen, min(2 * seen, tokens))
+        chosen[..., chunk] = ~(scores[..., chunk] < best.amin(-1, keepdim=True))
+        if chunk.stop < tokens:
+            best = torch.cat([best, scores[..., chunk]], dim=-1).topk(k, sorted=False).values
+        seen = chunk.stop
+    return chosen
+
+
+def true_places(
+    chosen: Bool[Tensor, "*rows tokens"], size: int | None = None
+) -> Int[Tensor, "*rows slots"]:
+    """The places of the true entries in order, as many as the fullest row has (or `size`); empty slots hold the row's length.
+
+    >>> true_places(torch.tensor([[False, True, True], [True, False, False]]))
+    tensor([[1, 2],
+            [0, 3]])
+    """
+    tokens = chosen.shape[-1]
+    count = chosen.cumsum(-1)
+    size = int(count[..., -1:].max()) if size is None and chosen.numel() else size or 0
+    slot = (count - 1).masked_fill_(~chosen, size).clamp_(max=size)
+    index = slot.new_full((*chosen.shape[:-1], size + 1), tokens)
+    places = torch.arange(tokens, device=chosen.device).expand(chosen.shape)
+    return index.scatter_(-1, slot, places)[..., :size]
+
+
+def _drops_out(scores: Float[Tensor, "*rows tokens"], k: int) -> Int[Tensor, "*rows tokens"]:
+    """The first place from which a token is not among the k highest so far, which may lie before its own."""
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    order = scores.contiguous().argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order))
-    limit = _running_kth_rank(rank, k)
-    return torch.maximum(torch.searchsorted(limit, rank, right=True), place)
+    return torch.searchsorted(_running_kth_rank(rank, k), rank, right=True)
 
 
 def _running_kth_rank(rank: Int[Tensor, "*rows tokens"], k: int) -> Int[Tensor, "*rows tokens"]:

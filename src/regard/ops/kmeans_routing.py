@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard._errors import InputError
-from regard.ops.dynamic_mask import running_top_k
+from regard.ops.dynamic_mask import running_top_k, true_places
 
 
 def balanced_topk_routing(
@@ -133,7 +133,7 @@ def prefix_routed_attention(
     ends = running_top_k(ranked, window)
     place = torch.arange(ranked.shape[-1], device=scores.device).expand_as(ends)
     joined = ((ends > place) & (ranked > -torch.inf))[..., window:]
-    index = _compact(joined, int(joined.sum(-1).max()))
+    index = true_places(joined)
     if not index.shape[-1]:
         return torch.zeros_like(value), memory
     held, slots, outputs = memory, place[..., :window], []
@@ -157,7 +157,7 @@ def prefix_routed_attention(
         products = scale * take(query, now) @ pool.key.transpose(-1, -2)
         weights = products.masked_fill(~there, torch.finfo(products.dtype).min).softmax(-1)
         outputs.append(weights @ pool.value)
-        kept = _compact(there[..., -1, :], window)
+        kept = true_places(there[..., -1, :], window)
         held, slots = _keep(pool, kept), slots.gather(-1, kept.clamp(max=slots.shape[-1] - 1))
     return scatter_mean(torch.cat(outputs, dim=-2), index, tokens), held
 
@@ -276,15 +276,6 @@ def check_window(window: int) -> None:
     """Raises InputError for a window below 1."""
     if window < 1:
         raise InputError.of("window", given=window, expected="1 or more")
-
-
-def _compact(chosen: Tensor, size: int) -> Tensor:
-    """The places of the true entries in order, `[..., size]`; empty slots hold the number of entries."""
-    count = chosen.shape[-1]
-    slot = torch.where(chosen, chosen.long().cumsum(-1) - 1, size).clamp(max=size)
-    index = slot.new_full((*chosen.shape[:-1], size + 1), count)
-    places = torch.arange(count, device=chosen.device).expand(chosen.shape)
-    return index.scatter(-1, slot, places)[..., :size]
 
 
 def _keep(pool: ClusterMemory, kept: Tensor) -> ClusterMemory:
