@@ -85,9 +85,9 @@ class Size:
     layers: int = 4
     width: int = 64
     heads: int = 4
-    steps: int = 500
+    steps: int = 250
     rate: float = 2e-3
-    batch: int = 100
+    batch: int = 64
     tuning_steps: int = 150
     tuning_rate: float = 0.1
     asked: int = 50

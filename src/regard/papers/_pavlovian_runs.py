@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.attach import attach
 from regard.engine import Method
 from regard.labs.pavlovian import (
     DeltaReader,
@@ -139,8 +138,10 @@ def pairs_in_context(model: Any, pairs: int, prompts: int, seed: int = 0) -> dic
         stored values is; for each head `mass`, the mean attention from the last token to the value that should follow, and
         `safe`, the square root of the effective dimension of its KV head's keys at the values.
     """
+    from regard.attach import attach  # loads transformers, which nothing else here needs
+
     dealer, words = random.Random(seed), common_words(model.tokenizer)
-    rows, slots, asked, stored = [], [], [], []
+    rows, slots, asked, stored, places = [], [], [], [], []
     for _ in range(prompts):
         drawn = dealer.sample(words, 2 * pairs)
         keys, values = drawn[::2], drawn[1::2]

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from regard.attach import attach
 from regard.engine import AttentionCall, Method
 
 
@@ -88,6 +87,8 @@ def head_capacity_report(
 
     Cost: one forward pass, and O(batch x places x dim^2) for each KV head.
     """
+    from regard.attach import attach  # loads transformers, which nothing else here needs
+
     reader = KeyReader()
     with attach(model, reader):
         model(tokens)
