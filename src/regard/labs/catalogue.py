@@ -66,6 +66,10 @@ LABS: dict[str, Listed] = {
         "mechanisms that a perspective on brains names: latching states, phase gates and codes, sparse networks, gated learning",
         "brain_basis:BrainBasis",
     ),
+    "sink-emergence": Listed(
+        "small language models trained on text, one factor changed at a time: which of them make an attention sink, and where",
+        "sink_emergence:SinkEmergence",
+    ),
     "pavlovian": Listed(
         "attention as conditioning: how many associations a memory holds, and which rules block, shadow and forget",
         "pavlovian:Pavlovian",
