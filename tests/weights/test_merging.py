@@ -10,17 +10,17 @@ from regard._errors import InputError
 from regard.nn import LanguageModel, LanguageModelConfig
 from regard.weights import (
     capture_second_moments,
+    compress_low_rank,
     compress_rank_one,
-    curvature_similarity,
     estimate_fisher_diagonal,
     fast_fisher_graft,
-    mask_density,
+    graft_masks,
+    graft_threshold_of,
     merge_dare,
     merge_linear,
     merge_ota,
     merge_ties,
 )
-from regard.weights.merging import graft_masks
 
 
 def model() -> LanguageModel:
@@ -160,19 +160,28 @@ def test_half_precision_models_merge_in_float32(trained):
     assert all(torch.equal(merged[n], exact[n].bfloat16()) for n in moments[0])
 
 
-def test_reports(trained):
-    _, _, moments = trained
-    masks = {
-        "layers.0.self_attn.q_proj.weight": torch.tensor([[True, False]]),
-        "layers.1.self_attn.q_proj.weight": torch.tensor([[False, False]]),
-        "layers.0.mlp.up_proj.weight": torch.tensor([True]),
-        "scale": torch.tensor([False]),
-    }
-    assert mask_density(masks) == {"query": 0.25, "feed-forward": 1.0, "other": 0.0}
-    assert curvature_similarity(moments[0], moments[0]) == pytest.approx(1, abs=1e-5)
-    assert 0 < curvature_similarity(*moments) < 1
-    small = compress_rank_one(moments[0])
-    assert all(small[n].shape == v.shape for n, v in moments[0].items())
+def test_thresholds_give_the_merge_of_their_densities(trained):
+    base, experts, moments = trained
+    pairs = list(zip(experts, moments, (0.5, 0.2), strict=True))
+    thresholds = [graft_threshold_of(base, e, v, density) for e, v, density in pairs]
+    by_density = merge_ota(base, experts, moments, densities=[0.5, 0.2])
+    assert distance(by_density, merge_ota(base, experts, moments, thresholds=thresholds)) == 0
+    with pytest.raises(InputError, match="got both"):
+        merge_ota(base, experts, moments, densities=[0.5, 0.2], thresholds=thresholds)
+
+
+def test_compressed_moments(trained):
+    _, _, (moments, _) = trained
+    for small in (compress_rank_one(moments), compress_low_rank(moments, 2)):
+        assert {n: v.shape for n, v in small.items()} == {n: v.shape for n, v in moments.items()}
+        assert torch.equal(small["norm.weight"], moments["norm.weight"])
+        assert all((v >= 0).all() for v in small.values())
+    rank_two = compress_low_rank(moments, 2)
+    assert torch.equal(rank_two["embed_tokens.weight"], moments["embed_tokens.weight"])
+    name = "layers.0.mlp.up_proj.weight"
+    left, sizes, right = torch.linalg.svd(moments[name].double())
+    expected = ((left[:, :2] * sizes[:2]) @ right[:2]).relu()
+    torch.testing.assert_close(rank_two[name].double(), expected, atol=1e-9, rtol=1e-3)
 
 
 def test_a_fisher_diagonal_without_an_optimiser():
@@ -200,3 +209,11 @@ def test_what_does_not_fit_is_named(trained):
     wrong = {**experts[0], "norm.weight": torch.ones(3)}
     with pytest.raises(InputError, match=r"\(16,\) in the base and \(3,\)"):
         merge_linear(base, [wrong])
+    fewer = {n: v for n, v in moments[1].items() if "q_proj" not in n}
+    with pytest.raises(InputError, match=r"differ in .*q_proj"):
+        merge_ota(base, experts, [moments[0], fewer])
+    with pytest.raises(InputError, match="named as the base's tensors"):
+        merge_ota(base, experts, [{f"model.{n}": v for n, v in m.items()} for m in moments])
+    holed = {**experts[0], "norm.weight": torch.full((16,), torch.inf)}
+    with pytest.raises(InputError, match=r"norm\.weight must be finite.*16 of 16"):
+        merge_linear(base, [holed])

@@ -7,7 +7,7 @@ instant.
 
 from __future__ import annotations
 
-from regard.cli import build, papers, see, shrink, study  # noqa: F401  (each registers its commands)
+from regard.cli import build, merge, papers, see, shrink, study  # noqa: F401  (each registers its commands)
 from regard.cli._app import app
 
 __all__ = ["app", "main"]

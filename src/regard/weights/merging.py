@@ -12,14 +12,15 @@ finding (`mask_density`). Experts trained with other batch sizes or clipping hav
 Source: Mahdavinia et al. 2025, "Harnessing Optimization Dynamics for Curvature-Informed Model Merging", arXiv 2509.11167. The
 released code multiplies its epsilon by the mask as well and repairs the division by 0 afterwards; here the quotient is taken
 where there is one. It also leaves the mask out of its linear and TIES variants unless told otherwise; here a graft is always
-applied. The mathematics is in `regard.ops.merging`.
+applied. It takes numbers whose moment is 0 for every expert back to the base; here they get the plain mean, as the formula says.
+The mathematics is in `regard.ops.merging`; from files to files it goes by `regard.weights.merge_files`.
 
 Cost: a few passes over the weights in float32, and experts x 3 copies of one tensor at a time; a graft holds all saliencies.
+State dicts are read one tensor at a time, so a mapping that reads from a file as it is asked will do.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,11 +35,14 @@ from regard.ops.merging import (
     elected_mean,
     fisher_saliency,
     graft_threshold,
+    low_rank,
     rank_one,
 )
 
 Weights = Mapping[str, Tensor]
 """A state dict."""
+EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
+"""What embeddings and heads are called; published low-rank compression leaves them out."""
 
 
 def capture_second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -91,12 +95,32 @@ def compress_rank_one(second: Weights) -> dict[str, Tensor]:
     return {n: rank_one(_working(v)) if v.ndim == 2 else v for n, v in second.items()}
 
 
+def compress_low_rank(second: Weights, rank: int) -> dict[str, Tensor]:
+    """Every matrix that is no embedding by its best approximation of that rank, negative numbers set to 0."""
+    return {
+        name: low_rank(_working(v), rank)
+        if v.ndim == 2 and not any(word in name for word in EMBEDDINGS)
+        else v
+        for name, v in second.items()
+    }
+
+
+def graft_threshold_of(base: Weights, expert: Weights, second: Weights, density: float) -> float:
+    """The saliency from which on a graft of that density keeps edits: one number to store in place of the density.
+
+    Raises:
+        InputError: tensors that do not fit, or a density outside [0, 1].
+    """
+    names = _fitting(base, expert, second)
+    return graft_threshold([_saliency(base, expert, second, name) for name in names], density)
+
+
 def graft_masks(
     base: Weights, expert: Weights, second: Weights, density: float
 ) -> dict[str, Tensor]:
     """Which numbers of each tensor a graft of that density keeps."""
-    edits = _edits(base, expert, second)
-    saliency = {name: fisher_saliency(edit, _working(second[name])) for name, edit in edits.items()}
+    names = _fitting(base, expert, second)
+    saliency = {name: _saliency(base, expert, second, name) for name in names}
     threshold = graft_threshold(list(saliency.values()), density)
     return {name: found >= threshold for name, found in saliency.items()}
 
@@ -123,44 +147,57 @@ def merge_ota(
     second_moments: Sequence[Weights],
     *,
     densities: Sequence[float] | None = None,
+    thresholds: Sequence[float] | None = None,
     power: float = 0.5,
     epsilon: float = EPSILON,
     scale_free: bool = False,
 ) -> dict[str, Tensor]:
-    """The experts' edits averaged with weights v^power, after a graft of each where densities are given.
+    """The experts' edits averaged with weights v^power, after a graft of each where densities or thresholds are given.
 
     Args:
         base: the model that all experts started from.
         experts: fine-tuned models.
         second_moments: of each expert, by parameter name (`capture_second_moments`, perhaps `compress_rank_one`).
         densities: share of edits that each expert keeps; None keeps all.
-        power: 1/2 as published.
+        thresholds: in place of densities, the least saliency that each expert keeps (`graft_threshold_of`).
+        power: 1/2 as published; 1 without a graft is plain Fisher merging.
         epsilon: added to v^power.
         scale_free: divide each tensor's v^power by its mean.
 
     Raises:
-        InputError: lists of different lengths, or tensors that do not fit.
+        InputError: lists of different lengths, densities and thresholds both, tensors that do not fit, or edits that are
+            not finite.
     """
-    _same_length(experts, second_moments=second_moments, densities=densities)
-    masks = None
+    _same_length(experts, second_moments=second_moments, densities=densities, thresholds=thresholds)
+    if densities is not None and thresholds is not None:
+        raise InputError("give densities or thresholds, got both; leave one out")
+    pairs = list(zip(experts, second_moments, strict=True))
+    every = [_fitting(base, expert, second) for expert, second in pairs]
+    names = every[0]
+    for other in every[1:]:
+        if odd := sorted(set(names) ^ set(other)):
+            raise InputError(
+                f"all experts must have second moments of the same tensors, they differ in {', '.join(odd[:3])}"
+            )
+    twins = _twins(base, experts, names)
     if densities is not None:
-        parts = zip(experts, second_moments, densities, strict=True)
-        masks = [graft_masks(base, expert, v, density) for expert, v, density in parts]
-    edits = [_edits(base, e, v) for e, v in zip(experts, second_moments, strict=True)]
+        thresholds = [
+            graft_threshold_of(base, expert, second, density)
+            for (expert, second), density in zip(pairs, densities, strict=True)
+        ]
     change = {}
-    for name in edits[0]:
-        seconds = torch.stack([_working(v[name]) for v in second_moments])
+    for name in names:
+        edits = torch.stack([_edit(base, expert, name) for expert in experts])
+        seconds = torch.stack([_working(second[name]) for second in second_moments])
+        masks = None
+        if thresholds is not None:
+            least = torch.tensor(thresholds, dtype=torch.float64).view(-1, *[1] * (edits.ndim - 1))
+            masks = fisher_saliency(edits, seconds) >= least.to(edits)
         if scale_free:
             means = seconds.pow(power).flatten(1).mean(1).view(-1, *[1] * (seconds.ndim - 1))
             seconds = seconds / means.clamp_min(1e-38).pow(1 / power)
-        change[name] = curvature_mean(
-            torch.stack([edit[name] for edit in edits]),
-            seconds,
-            None if masks is None else torch.stack([mask[name] for mask in masks]),
-            power=power,
-            epsilon=epsilon,
-        )
-    return _changed(base, change, _twins(base, experts, change))
+        change[name] = curvature_mean(edits, seconds, masks, power=power, epsilon=epsilon)
+    return _changed(base, change, twins)
 
 
 def merge_linear(
@@ -210,42 +247,8 @@ def merge_dare(
     return _changed(base, change)
 
 
-ROLES = {
-    "query": r"(^|\.)(q_proj|query|wq)\.",
-    "key": r"(^|\.)(k_proj|key|wk)\.",
-    "value": r"(^|\.)(v_proj|value|wv)\.",
-    "output": r"(^|\.)(o_proj|out_proj|wo)\.",
-    "feed-forward": r"(^|\.)(gate_proj|up_proj|down_proj|fc1|fc2|mlp|ffn)\b",
-    "embedding": r"(embed|wte|lm_head)",
-    "norm": r"norm",
-}
-"""What the parameters of a role are called."""
-
-
-def mask_density(masks: Weights) -> dict[str, float]:
-    """The share of numbers that a graft keeps, by role of the parameter; roles that the model lacks are left out."""
-    kept: dict[str, list[int]] = {}
-    for name, mask in masks.items():
-        role = next((r for r, pattern in ROLES.items() if re.search(pattern, name)), "other")
-        held = kept.setdefault(role, [0, 0])
-        held[0] += int(mask.sum())
-        held[1] += mask.numel()
-    return {role: count / total for role, (count, total) in kept.items()}
-
-
-def curvature_similarity(first: Weights, second: Weights) -> float:
-    """The cosine of the square roots of two experts' second moments, over all parameters that both have."""
-    shared = [name for name in first if name in second]
-    if not shared:
-        raise InputError("the two models share no parameter names")
-    left, right = (
-        torch.cat([v[name].float().sqrt().flatten() for name in shared]) for v in (first, second)
-    )
-    return float(torch.nn.functional.cosine_similarity(left, right, dim=0))
-
-
-def _edits(base: Weights, expert: Weights, second: Weights | None = None) -> dict[str, Tensor]:
-    """What an expert changed, in float32: of the tensors with a second moment, or of all floating ones.
+def _fitting(base: Weights, expert: Weights, second: Weights | None = None) -> list[str]:
+    """The tensors that take part: those with a second moment, or all floating ones.
 
     Raises:
         InputError: names or shapes that do not fit.
@@ -255,31 +258,56 @@ def _edits(base: Weights, expert: Weights, second: Weights | None = None) -> dic
         raise InputError(
             f"base and expert must have the same tensors, they differ in {', '.join(odd)}"
         )
-    found = {}
-    for name, tensor in base.items():
-        other = expert[name]
+    if second is not None and (unknown := sorted(set(second) - set(base))):
+        raise InputError(
+            f"second moments must be named as the base's tensors, such as {min(base)}, got {', '.join(unknown[:3])}"
+        )
+    found = []
+    for name in base:
+        tensor, other = base[name], expert[name]
         if tensor.shape != other.shape:
             raise InputError(
                 f"{name} must have one shape, got {tuple(tensor.shape)} in the base and {tuple(other.shape)} in the expert"
             )
-        if not tensor.is_floating_point():
-            continue
-        if second is not None and name not in second:
+        if not tensor.is_floating_point() or (second is not None and name not in second):
             continue
         if second is not None and second[name].shape != tensor.shape:
             raise InputError(
                 f"the second moment of {name} must have shape {tuple(tensor.shape)}, got {tuple(second[name].shape)}"
             )
-        found[name] = _working(other) - _working(tensor)
+        found.append(name)
     return found
 
 
-def _twins(base: Weights, experts: Sequence[Weights], known: Weights) -> dict[str, str]:
+def _edit(base: Weights, expert: Weights, name: str) -> Tensor:
+    """What an expert changed, in float32 or better."""
+    found = _working(expert[name]) - _working(base[name])
+    if not bool(found.isfinite().all()):
+        raise InputError(f"{name} must be finite in base and expert, got {_odd(found)}")
+    return found
+
+
+def _saliency(base: Weights, expert: Weights, second: Weights, name: str) -> Tensor:
+    found = fisher_saliency(_edit(base, expert, name), _working(second[name]))
+    if not bool(found.isfinite().all()):
+        raise InputError(f"the second moment of {name} must be finite, got {_odd(second[name])}")
+    return found
+
+
+def _odd(tensor: Tensor) -> str:
+    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers that are not"
+
+
+def _edits(base: Weights, expert: Weights) -> dict[str, Tensor]:
+    return {name: _edit(base, expert, name) for name in _fitting(base, expert)}
+
+
+def _twins(base: Weights, experts: Sequence[Weights], known: Iterable[str]) -> dict[str, str]:
     """For tensors that an expert changed but that have no second moment: the known one that they equal in every model.
 
     A head that is tied to the embedding is a parameter under one of its two names only.
     """
-    found = {}
+    found, known = {}, list(known)
     models = [base, *experts]
     for name, tensor in base.items():
         if name in known or all(torch.equal(tensor, expert[name]) for expert in experts):
