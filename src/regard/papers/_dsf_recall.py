@@ -122,10 +122,10 @@ MIXERS: dict[str, Callable[[int, int], nn.Module]] = {
 class Fit:
     """How models are trained: AdamW, warm-up over a twentieth of the steps, a cosine to a tenth of the rate."""
 
-    width: int = 32
+    width: int
+    steps: int
+    batch: int
     layers: int = 2
-    steps: int = 400
-    batch: int = 16
     decay: float = 0.1
     tested: int = 400
 
@@ -168,8 +168,10 @@ def tuned_recall(
     rates: Sequence[float],
 ) -> dict[str, Any]:
     """`recall` of several seeds at the rate with which seed 0 ends at the lowest loss, and that `rate`."""
-    tried = recall(mixer, state_size, task, fit, [(rate, 0) for rate in rates])
-    rate, _ = min(zip(rates, tried["loss"], strict=True), key=lambda pair: pair[1][-1])
+    rate = rates[0]
+    if len(rates) > 1:
+        losses = recall(mixer, state_size, task, fit, [(rate, 0) for rate in rates])["loss"]
+        rate, _ = min(zip(rates, losses, strict=True), key=lambda pair: pair[1][-1])
     return {"rate": rate, **recall(mixer, state_size, task, fit, [(rate, s) for s in seeds])}
 
 

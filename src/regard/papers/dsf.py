@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 ORDERS = (1, 2, 3, 4, 5, 6, 7, 8)
 LONG_ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-STATES = (4, 8, 16)
-"""n of linear attention and of the exponential normaliser; the others stand at the last two."""
+STATES = (2, 4, 8, 16)
+"""n of linear attention and of the exponential normaliser: half as many as pairs to four times as many, as in the source."""
+MIDDLE = (4, 8)
+"""n of the other normalisers; the selective model and softmax attention stand at the second, two for each pair as in the source."""
 ETAS = ("normalised, exp", "normalised, softplus", "normalised, sigmoid")
 GATES = ("qLSTM", "reversed qLSTM")
 
@@ -239,22 +241,19 @@ Found = dict[str, dict[Any, dict[str, Any]]]
 """What `recall` found, by mixer and by state size or task."""
 
 
-TASK, SMALL = Recall(64, 32, 8), Recall(16, 12, 2)
-GATE_TASKS = (Recall(32, 16, 3), Recall(32, 32, 3))
+TASK, SMALL = Recall(64, 16, 4), Recall(16, 12, 2)
+GATE_TASKS = (Recall(16, 12, 3), Recall(16, 24, 3))
 """Smaller, as the state of a quasi-LSTM is a vector: the same pairs, asked sooner and later."""
+TRAINING = Fit(width=32, layers=2, steps=250, batch=32)
+GATE_TRAINING = Fit(width=32, layers=2, steps=300, batch=32)
+QUICK = Fit(width=8, layers=2, steps=2, batch=4, tested=20)
 
 
-def training(run: Run, steps: int = 400) -> tuple[Fit, list[int], list[float]]:
-    """How, with which seeds and learning rates."""
-    return run.pick(
-        quick=(Fit(width=8, steps=2, batch=4, tested=20), [1], [3e-2]),
-        full=(Fit(steps=steps), [1, 2, 3, 4], [1e-2, 3e-2]),
-    )
-
-
-def trained(run: Run, mixer: str, n: int, task: Recall, steps: int) -> dict[str, Any]:
-    fit, seeds, rates = training(run, steps)
-    for seed in (0, *seeds):
+def trained(
+    run: Run, mixer: str, n: int, task: Recall, fit: Fit, rates: list[float]
+) -> dict[str, Any]:
+    seeds = run.pick(quick=[1], full=[1, 2, 3, 4])
+    for seed in seeds:
         run.seed(seed)
     return run.partial(
         f"{mixer}/{n}/{task}", lambda: tuned_recall(mixer, n, task, fit, seeds, rates)
@@ -262,23 +261,23 @@ def trained(run: Run, mixer: str, n: int, task: Recall, steps: int) -> dict[str,
 
 
 def recalls(run: Run) -> Found:
-    states = run.pick(quick=(4,), full=STATES)
+    states, middle = run.pick(quick=((4,), (4,)), full=(STATES, MIDDLE))
     cases = [(name, n) for name in ("linear", ETAS[0]) for n in states]
-    cases += [(name, n) for name in (*ETAS[1:], "SSD") for n in states[-2:]]
-    cases += [("softmax", states[-1])]
-    task = run.pick(quick=SMALL, full=TASK)
+    cases += [(name, n) for name in ETAS[1:] for n in middle]
+    cases += [(name, middle[-1]) for name in ("SSD", "softmax")]
+    task, fit = run.pick(quick=(SMALL, QUICK), full=(TASK, TRAINING))
+    rates = run.pick(quick=[3e-2], full=[2e-2, 4e-2])
     found: Found = {}
     for name, n in run.progress(cases, "recall"):
-        found.setdefault(name, {})[n] = trained(run, name, n, task, steps=400)
+        found.setdefault(name, {})[n] = trained(run, name, n, task, fit, rates)
     return found
 
 
 def gate_recalls(run: Run) -> Found:
-    tasks = run.pick(quick=(SMALL,), full=GATE_TASKS)
-    cases = [(name, task) for name in GATES for task in tasks]
+    tasks, fit = run.pick(quick=((SMALL,), QUICK), full=(GATE_TASKS, GATE_TRAINING))
     found: Found = {}
-    for name, task in run.progress(cases, "forget gates"):
-        found.setdefault(name, {})[str(task)] = trained(run, name, 0, task, steps=300)
+    for name, task in run.progress([(m, t) for m in GATES for t in tasks], "forget gates"):
+        found.setdefault(name, {})[str(task)] = trained(run, name, 0, task, fit, [2e-2])
     return found
 
 
@@ -287,18 +286,15 @@ def accuracies(found: Found, name: str) -> dict[Any, list[float]]:
     return {at: one["right"] for at, one in found[name].items()}
 
 
-def where(run: Run, task: Recall, steps: int) -> str:
-    fit, seeds, rates = training(run, steps)
-    return (
-        f"MQAR {task}, vocabulary {task.vocabulary}, {fit.layers} layers of width {fit.width}, one head, {fit.steps} steps of"
-        f" {fit.batch} samples, {len(seeds)} seed(s), the best of {len(rates)} rate(s) by another seed"
-    )
+def where(fit: Fit, seeds: int) -> str:
+    return f"{fit.layers} layers of width {fit.width}, one head, {fit.steps} steps of {fit.batch} samples, {seeds} seed(s)"
 
 
 def record_recall(run: Run, found: Found) -> None:
     shares = {name: accuracies(found, name) for name in found}
     (softmax,) = shares["softmax"].values()
-    setting = where(run, run.pick(quick=SMALL, full=TASK), 400)
+    task, fit = run.pick(quick=(SMALL, QUICK), full=(TASK, TRAINING))
+    setting = f"MQAR {task}, vocabulary {task.vocabulary}, {where(fit, len(softmax))}; the better of two rates by another seed"
     run.record(
         "baseline",
         here=round(mean(softmax), 1),
@@ -367,9 +363,9 @@ def record_gates(run: Run, found: Found) -> None:
         here=round(mean(gain), 1),
         interval=interval(gain),
         holds=verdict(gain),
-        setting=where(run, run.pick(quick=SMALL, full=GATE_TASKS[0]), 300)
-        + f"; tasks {' and '.join(plain)}",
-        note=f"{by_task}; at the start the two are the same functions, the gate's weights negated: only the exponent alpha is"
+        setting=f"MQAR {' and '.join(plain)}, vocabulary {GATE_TASKS[0].vocabulary}, "
+        + where(run.pick(quick=QUICK, full=GATE_TRAINING), len(gain) // len(plain)),
+        note=f"{by_task}; a guess among the values of the sample is right in {100 / GATE_TASKS[0].pairs:.0f} %; at the start the two are the same functions, the gate's weights negated: only the exponent alpha is"
         f" new; {OVER_BOTH.replace('states', 'tasks')}",
     )
 
@@ -463,7 +459,7 @@ def draw_recall(found: Found, gates: Found) -> Figure:
             left.axhline(mean(values), color=colour, ls="--", lw=1.2, label=name)
             continue
         means = [mean(values) for values in shares.values()]
-        left.plot(list(shares), means, color=colour, label=name)
+        left.plot(list(shares), means, marker="_", color=colour, label=name)
         for n, values in shares.items():
             left.plot([n] * len(values), values, ".", color=colour, ms=5)
     sizes = list(found["linear"])
@@ -472,13 +468,14 @@ def draw_recall(found: Found, gates: Found) -> Figure:
     left.minorticks_off()
     left.set_ylim(-2, 102)
     left.legend(fontsize=7)
+    size = max(found["SSD"])
     for name in found:
-        curves = found[name][sizes[-1]]["loss"]
+        curves = found[name][size]["loss"]
         curve = [mean(list(part)) for part in zip(*curves, strict=True)]
         share = [100 * (i + 0.5) / len(curve) for i in range(len(curve))]
         middle.plot(share, curve, color=COLOURS[name], label=name)
     middle.set(xlabel="share of the training, %", ylabel="loss, nats a value")
-    middle.set_title(f"n = {sizes[-1]}", fontsize=9)
+    middle.set_title(f"n = {size}", fontsize=9)
     for shift, name in ((-0.1, GATES[0]), (0.1, GATES[1])):
         for place, values in enumerate(accuracies(gates, name).values()):
             label = name if place == 0 else None
