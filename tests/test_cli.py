@@ -62,6 +62,11 @@ def test_version() -> None:
     assert call("--version").stdout == f"regard {__version__}\n"
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "regard", "--version"]
+    assert subprocess.check_output(command, text=True) == f"regard {__version__}\n"
+
+
 def test_help_and_papers_do_not_import_torch() -> None:
     code = (
         "import sys; from regard.cli import app\n"
