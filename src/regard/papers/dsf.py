@@ -31,7 +31,7 @@ LONG_ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 STATES = (2, 4, 8, 16)
 """n of linear attention and of the exponential normaliser: half as many as pairs to four times as many, as in the source."""
 MIDDLE = (4, 8)
-"""n of the other normalisers; the selective model and softmax attention stand at the second, two for each pair as in the source."""
+"""n of the other normalisers; SSD and softmax attention stand at the second, two numbers for each pair as in the source."""
 ETAS = ("normalised, exp", "normalised, softplus", "normalised, sigmoid")
 GATES = ("qLSTM", "reversed qLSTM")
 
@@ -365,8 +365,9 @@ def record_gates(run: Run, found: Found) -> None:
         holds=verdict(gain),
         setting=f"MQAR {' and '.join(plain)}, vocabulary {GATE_TASKS[0].vocabulary}, "
         + where(run.pick(quick=QUICK, full=GATE_TRAINING), len(gain) // len(plain)),
-        note=f"{by_task}; a guess among the values of the sample is right in {100 / GATE_TASKS[0].pairs:.0f} %; at the start the two are the same functions, the gate's weights negated: only the exponent alpha is"
-        f" new; {OVER_BOTH.replace('states', 'tasks')}",
+        note=f"{by_task}; a guess among the values of the sample is right in {100 / GATE_TASKS[0].pairs:.0f} %; at the start the"
+        " two are the same functions, the gate's weights negated: only the exponent alpha is new;"
+        f" {OVER_BOTH.replace('states', 'tasks')}",
     )
 
 
