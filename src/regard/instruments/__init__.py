@@ -9,6 +9,7 @@ from regard.instruments.base import (
 )
 from regard.instruments.between_heads import HeadDivergence, js_divergence_between_heads
 from regard.instruments.causal import CausalTwin, causal_twin
+from regard.instruments.context_walk import ContextWalk, context_walk, order_effect
 from regard.instruments.distance import WAAD, Distance
 from regard.instruments.domains import DomainSensitivity, Dormancy, domain_sensitivity
 from regard.instruments.dormant import DormantHeads, dormant_heads
@@ -30,12 +31,14 @@ from regard.instruments.rhythm import Rhythm, coupling_report, read_rhythm, spli
 from regard.instruments.sinks import Sink, SinkMass, SinkResult, Sinks
 from regard.instruments.stream import ResidualPeaks, Skyline
 from regard.instruments.values import ValueDrain
+from regard.instruments.walk import TextWalk, WalkRecorder, embedding_walk, record_walk
 from regard.instruments.writers import Writers
 
 __all__ = [
     "BosCosine",
     "CapMassive",
     "CausalTwin",
+    "ContextWalk",
     "Distance",
     "DomainSensitivity",
     "Dormancy",
@@ -68,23 +71,29 @@ __all__ = [
     "SinkResult",
     "Sinks",
     "Skyline",
+    "TextWalk",
     "TokenMeasure",
     "ValueDrain",
     "WAAD",
+    "WalkRecorder",
     "Writers",
     "causal_twin",
+    "context_walk",
     "coupling_report",
     "domain_sensitivity",
     "dormant_heads",
     "dose_response",
+    "embedding_walk",
     "head_importance",
     "js_divergence_between_heads",
     "mean_outputs",
     "norm_report",
     "observe",
+    "order_effect",
     "probe_heads",
     "qk_angle_report",
     "read_rhythm",
+    "record_walk",
     "retrieval_heads",
     "split_heads",
     "standard_instruments",

@@ -70,6 +70,10 @@ LABS: dict[str, Listed] = {
         "small language models trained on text, one factor changed at a time: which of them make an attention sink, and where",
         "sink_emergence:SinkEmergence",
     ),
+    "embedding-walk": Listed(
+        "decoding as a walk of vectors: steps that know nothing of each other, summed concepts, attention as a running mean",
+        "embedding_walk:EmbeddingWalk",
+    ),
     "pavlovian": Listed(
         "attention as conditioning: how many associations a memory holds, and which rules block, shadow and forget",
         "pavlovian:Pavlovian",
