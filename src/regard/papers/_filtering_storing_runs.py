@@ -87,7 +87,7 @@ class Size:
     heads: int = 4
     steps: int = 250
     rate: float = 2e-3
-    batch: int = 64
+    batch: int = 48
     tuning_steps: int = 150
     tuning_rate: float = 0.1
     asked: int = 50

@@ -347,7 +347,7 @@ def _interval(values: list[float]) -> tuple[float, float]:
 
 
 def record_heads(run: Run) -> None:
-    model, prompts = run.model(), 64
+    model, prompts = run.model(), 48
     found = [
         run.partial(f"pairs/{n}", lambda n=n: runs.pairs_in_context(model, n, prompts))
         for n in run.progress(PAIRS, "pairs in context")
