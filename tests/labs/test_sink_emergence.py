@@ -539,6 +539,15 @@ def test_other_numbers_do_not():
     assert worse["sigmoid loss"] is False and worse["k loss"] is True
 
 
+def test_without_a_sink_there_is_nothing_to_compare_with():
+    none = {arm.name: {1: 0.0} for arm in lab.ARMS}
+    checks = {check.name: check for check in lab.compare(made_up(none, 0.0), 64)}
+    assert checks["emerges"].holds is False and checks["k takes"].holds is False
+    compares = [one.name for one in lab.PREDICTIONS if one.compares]
+    assert len(compares) > 10 and all(checks[name].holds is None for name in compares)
+    assert all("no clear sink" in checks[name].why for name in compares)
+
+
 def test_a_course_survives_being_written_down():
     course = lab.train([DEFAULT, FAST], [0, 1], RECIPE, lab.corpus(256))
     again = lab.Course.of(course.plain())

@@ -54,7 +54,7 @@ class SinkEmergence(Lab):
     """The laboratory: small language models trained on text, one factor changed at a time, and their sinks on the way."""
 
     name: ClassVar[str] = "sink-emergence"
-    factors: tuple[str, ...] = setting(FACTORS, "what is varied, one at a time", choices=FACTORS)
+    factors: tuple[str, ...] = setting(("bias",), "what is varied, one at a time", choices=FACTORS)
     layers: int = setting(3, "layers", low=2, high=64)
     heads: int = setting(4, "heads of a layer", low=1, high=64)
     width: int = setting(64, "width of the residual stream", low=4, high=4096)
@@ -64,14 +64,14 @@ class SinkEmergence(Lab):
     )
     context: int = setting(64, "tokens of a sequence, T", low=SHOWN, high=1024)
     batch: int = setting(8, "sequences in a step", low=1, high=1024)
-    steps: int = setting(1000, "optimiser steps", low=1, high=1_000_000)
-    rate: float = setting(2e-3, "learning rate of the default run", above=0, below=1)
+    steps: int = setting(600, "optimiser steps", low=1, high=1_000_000)
+    rate: float = setting(4e-3, "learning rate of the default run", above=0, below=1)
     decay: float = setting(0.1, "weight decay of the default run", low=0, high=10)
     warmup: int = setting(100, "steps in which the rate grows", low=0, high=100_000)
     frames: int = setting(8, "measurements on the way, after the one at the start", low=1, high=100)
     sequences: int = setting(100, "held-out sequences of a measurement", low=1, high=10_000)
     eps: float = setting(0.3, "importance above which a key is a sink", above=0, below=1)
-    seeds: int = setting(2, "runs of each arm", low=2, high=64)
+    seeds: int = setting(3, "runs of each arm", low=2, high=64)
     seed: int = setting(0, "first of the random seeds", low=0, high=2**20)
 
     def check(self) -> None:
