@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import Tensor
 
 from regard._errors import InputError
+from regard.nn.feed_forward import SwiGLU
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import Projections, check_heads
 from regard.nn.rotary import rotate
@@ -34,7 +34,7 @@ from regard.ops.position_softmax import position_softmax, self_gate
 from regard.ops.taylor_attention import TaylorState, taylor_attention
 
 
-class NoMixing(Mixer):
+class NoMixing(SwiGLU, Mixer):
     """A gated feed-forward layer in the place of attention: every token by itself.
 
     Cost: 3 width x round(4 width / 3) multiplications a token. No state.
@@ -47,12 +47,8 @@ class NoMixing(Mixer):
     positional = True  # a stack of these has no use for positions, and the published one gets none
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
         check_heads(width, heads)
-        inner = round(4 * width / 3)
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        super().__init__(width, round(4 * width / 3))
 
     def forward(
         self,
@@ -61,7 +57,7 @@ class NoMixing(Mixer):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        return self.down_proj(silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return super().forward(hidden)
 
 
 class TaylorAttention(Projections, Mixer):

@@ -20,6 +20,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regard._errors import InputError
+from regard.nn.feed_forward import SwiGLU
 from regard.nn.mixer import Mixer
 from regard.nn.mixers import make_mixer
 from regard.nn.states import States, all_valid, positions_of
@@ -86,19 +87,6 @@ class LanguageModelConfig(PretrainedConfig):
         """Name and options of a layer's mixer."""
         chosen = self.mixers[layer % len(self.mixers)]
         return (chosen, {}) if isinstance(chosen, str) else (chosen[0], dict(chosen[1]))
-
-
-class SwiGLU(nn.Module):
-    """`W_down (silu(W_gate h) * W_up h)` (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class Block(nn.Module):

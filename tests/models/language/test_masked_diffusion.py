@@ -37,9 +37,8 @@ def test_a_block_is_the_textbook_transformer_in_float64():
     weights = (turned(q) @ turned(k).transpose(-1, -2) / 8**0.5).softmax(-1)
     mixed = (weights @ v).transpose(1, 2).flatten(2)
     stream = hidden + mixed @ block.attention.o_proj.weight.T
-    gate, up = (normed(stream, block.mlp_norm.weight) @ block.mlp.gate_up_proj.weight.T).split(
-        48, dim=-1
-    )
+    seen = normed(stream, block.mlp_norm.weight)
+    gate, up = (seen @ part.weight.T for part in (block.mlp.gate_proj, block.mlp.up_proj))
     expected = stream + (gate * gate.sigmoid() * up) @ block.mlp.down_proj.weight.T
     torch.testing.assert_close(block(hidden, positions), expected, atol=1e-6, rtol=1e-6)
 

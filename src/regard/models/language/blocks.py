@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from regard._errors import InputError
 from regard.attach.modules import HookedAttention
+from regard.nn.feed_forward import SwiGLU
 from regard.nn.rotary import rotate
 
 
@@ -57,17 +58,6 @@ class Attention(HookedAttention):
         return query, key, parts[2]
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, config: MaskedDiffusionConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(states).chunk(2, dim=-1)
-        return self.down_proj(nn.functional.silu(gate) * up)
-
-
 class Block(nn.Module):
     """One layer in the three parts that a diffusion cache runs apart: `project`, `attend`, `finish`."""
 
@@ -76,7 +66,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config.width, config.hidden)
 
     def project(
         self, hidden: Float[Tensor, "batch rows width"], positions: Int[Tensor, "batch rows"]
