@@ -234,7 +234,7 @@ def record_laboratory(run: Run) -> None:
 
 def record_walks(run: Run) -> None:
     model = run.model()
-    count, length = run.pick(quick=(2, 6), full=(24, 20))
+    count, length = run.pick(quick=(1, 5), full=(24, 20))
     found = run.partial("walks", lambda: runs.walks(model, count, length, seed=3))
     here = f"SmolLM2-135M-Instruct (4-bit weights), {count} passages of {length} tokens, the first token aside"
     shown = ", ".join(
@@ -280,7 +280,7 @@ def record_walks(run: Run) -> None:
 
 def record_concepts(run: Run) -> None:
     model = run.model()
-    count, scored = run.pick(quick=(8, 2), full=(320, 100))
+    count, scored = run.pick(quick=(4, 1), full=(320, 100))
     layers = run.pick(quick=(0, MIDDLE), full=GRID)
     made, endings = runs.items(count, seed=1)
     half = count // 2
