@@ -497,7 +497,8 @@ def draw_concepts(
                     label=label,
                 )
     left.set_xticks(range(len(layers)), [{0: "E", -1: "top"}.get(at, str(at)) for at in layers])
-    left.set(xlabel="states after block", ylabel="right (%)")
+    top = max(100 * words.mean(), left.get_ylim()[1])
+    left.set(xlabel="states after block", ylabel="right (%)", ylim=(10, top + 18))
     left.set_title(
         f"T2, products of vectors, {count} items (hollow: -act(-h), the first token left out)",
         fontsize=10,
