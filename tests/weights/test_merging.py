@@ -134,6 +134,12 @@ def test_baselines(trained):
     assert distance(merge_dare(base, experts, density=1.0, elect=False), mean) < 1e-6
     one, two = merge_dare(base, experts, seed=0), merge_dare(base, experts, seed=1)
     assert distance(one, merge_dare(base, experts, seed=0)) == 0 < distance(one, two)
+    alone = [merge_ties(base, [e], density=d) for e, d in zip(experts, (0.1, 1.0), strict=True)]
+    both = merge_ties(base, experts, density=[0.1, 1.0])
+    assert distance(both, merge_ties(base, alone, density=1.0)) < 1e-6
+    assert distance(merge_dare(base, experts, density=[1.0, 1.0], elect=False), mean) < 1e-6
+    with pytest.raises(InputError, match="one for each of 2 experts"):
+        merge_dare(base, experts, density=[0.5])
     sparse = merge_ties(base, experts, density=0.1)
     changed = sum(int((sparse[n] != base[n]).sum()) for n in base)
     assert 0 < changed <= 0.21 * sum(t.numel() for t in base.values())

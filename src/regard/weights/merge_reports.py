@@ -8,7 +8,7 @@
 
 Source: Mahdavinia et al. 2025, arXiv 2509.11167.
 
-Cost: one pass over masks or moments; `mask_structure` takes two singular value decompositions, `curvature_rank_correlation` a sort.
+Cost: one pass over masks or moments; `mask_structure` adds two singular value decompositions, `curvature_rank_correlation` sorts.
 """
 
 from __future__ import annotations

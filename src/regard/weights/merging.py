@@ -210,15 +210,21 @@ def merge_linear(
 
 
 def merge_ties(
-    base: Weights, experts: Sequence[Weights], *, density: float = 0.2, scale: float = 1.0
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    density: float | Sequence[float] = 0.2,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """TIES: each expert's largest edits (over all its tensors), the elected sign, the mean of those that agree."""
-    _same_length(experts)
+    """TIES: each expert's largest edits (over all its tensors), the elected sign, the mean of those that agree.
+
+    `density` is one share for all experts or one for each.
+    """
     trimmed = []
-    for expert in experts:
+    for expert, share in zip(experts, _shares(density, experts), strict=True):
         edits = _edits(base, expert)
         sizes = [edit.abs() for edit in edits.values()]
-        least = graft_threshold(sizes, density)
+        least = graft_threshold(sizes, share)
         trimmed.append({n: edit * (edit.abs() >= least) for n, edit in edits.items()})
     return _changed(
         base, {n: scale * elected_mean(torch.stack([e[n] for e in trimmed])) for n in trimmed[0]}
@@ -229,16 +235,18 @@ def merge_dare(
     base: Weights,
     experts: Sequence[Weights],
     *,
-    density: float = 0.2,
+    density: float | Sequence[float] = 0.2,
     elect: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """DARE: edits dropped at random and rescaled, then TIES's elected mean, or the plain mean without `elect`."""
-    _same_length(experts)
+    """DARE: edits dropped at random and rescaled, then TIES's elected mean, or the plain mean without `elect`.
+
+    `density` is one share for all experts or one for each.
+    """
     generator = torch.Generator().manual_seed(seed)
     dropped = [
-        {n: drop_and_rescale(edit, density, generator) for n, edit in _edits(base, e).items()}
-        for e in experts
+        {n: drop_and_rescale(edit, share, generator) for n, edit in _edits(base, e).items()}
+        for e, share in zip(experts, _shares(density, experts), strict=True)
     ]
     change = {}
     for name in dropped[0]:
@@ -348,3 +356,11 @@ def _same_length(experts: Sequence[Weights], **others: Sequence[Any] | None) -> 
             raise InputError.of(
                 name, given=len(values), expected=f"one for each of {len(experts)} experts"
             )
+
+
+def _shares(density: float | Sequence[float], experts: Sequence[Weights]) -> list[float]:
+    """One density for each expert."""
+    each = [density] * len(experts) if isinstance(density, float | int) else density
+    found = [float(share) for share in each]
+    _same_length(experts, density=found)
+    return found
