@@ -6,7 +6,7 @@ The paper defines an attention sink by a number and asks what produces it. Check
 * the norms and the angle behind it, `ValueDrain`, `ResidualPeaks`, `QueryKeyAngle`;
 * its closed forms for a repeated token, on random-weight models without and with rotary positions.
 
-In the laboratory (they need training runs and are not recorded here): the step at which the sink appears, learning rate, weight
+In the laboratory `sink-emergence` (training runs, not recorded here): the step at which the sink appears, learning rate, weight
 decay and amount of data, a token fixed at position 2 or 3, learned key biases that take the sink over, and attention without
 normalisation (sigmoid, ELU + 1, kernels), which has none.
 """
