@@ -55,10 +55,10 @@ class Size:
     layers: int = 2
     heads: int = 4
     shares: tuple[int, int, int] = (32, 8, 8)
-    base_steps: int = 400
+    base_steps: int = 450
     base_rate: float = 3e-3
     steps: int = 200
-    rate: float = 1e-3
+    rate: float = 3e-4
     asked: int = 500
     lost: float = 2.0
 
