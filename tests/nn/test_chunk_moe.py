@@ -7,7 +7,7 @@ import torch
 
 from regard._errors import InputError
 from regard.nn import ChunkMoE, WholeChunkMoE
-from regard.nn.language_model import SwiGLU
+from regard.nn.feed_forward import SwiGLU
 
 
 def make(kind: type[ChunkMoE] = ChunkMoE, **options: object) -> ChunkMoE:

@@ -30,6 +30,15 @@ def test_every_stretch_follows_its_chain() -> None:
     torch.testing.assert_close(rows.sum(-1), torch.ones(4, 8))
 
 
+def test_a_carried_value_is_shown_once_and_asked_later() -> None:
+    samples = runs.carried(48, 8).draw(50, 0)
+    for ids, labels in zip(samples.ids, samples.labels, strict=True):
+        (place,) = (ids >= 2).nonzero().flatten().tolist()
+        asked = (labels >= 0).nonzero().flatten()
+        assert place < 12 and len(asked) == 8 and asked.min() > 24
+        assert (labels[asked] == ids[place]).all() and (ids[asked - 1] == 1).all()
+
+
 def test_mutual_information() -> None:
     label = torch.tensor([0, 0, 1, 1, 2, 2])
     assert runs.mutual_information(label, (label + 1) % 3) == pytest.approx(1)

@@ -37,6 +37,7 @@ class Mamba(Mixer):
         kernel: tokens of the convolution.
         expansion: inner width, in widths.
         step_rank: width of Delta', width / 16 rounded up by default.
+        steps: between which Delta starts, evenly on a logarithmic scale. Longer ones write more and forget sooner.
 
     Cost: with the defaults 6 width^2 + 2 width (2 step_rank + 32) multiplications a token for the maps, and those of
     `selective_scan` for its 32 width numbers. The state keeps one size: these, and the convolution's last 3 inputs.
@@ -59,6 +60,7 @@ class Mamba(Mixer):
         kernel: int = 4,
         expansion: int = 2,
         step_rank: int | None = None,
+        steps: tuple[float | int, float | int] | list[float | int] = (SHORTEST, LONGEST),
     ) -> None:
         super().__init__()
         check_heads(width, heads)
@@ -67,6 +69,8 @@ class Mamba(Mixer):
         for name, value in {**sizes, "step_rank": rank}.items():
             if value < 1:
                 raise InputError.of(name, given=value, expected="1 or more")
+        if not 0 < steps[0] <= steps[1]:
+            raise InputError.of("steps", given=steps, expected="0 < shortest <= longest")
         inner = expansion * width
         self.sizes = [rank, state_size, state_size]
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
@@ -78,7 +82,7 @@ class Mamba(Mixer):
         self.log_rate = nn.Parameter(rates.repeat(inner, 1))
         self.skip = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, width, bias=False)
-        start = torch.empty(inner).uniform_(math.log(SHORTEST), math.log(LONGEST)).exp()
+        start = torch.empty(inner).uniform_(math.log(steps[0]), math.log(steps[1])).exp()
         with torch.no_grad():
             self.step_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             self.step_proj.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus inverted

@@ -14,6 +14,7 @@ Beyond our scale: anything at 1.6 B parameters, throughput on GPUs, multi-step l
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from regard.labs.tasks import Task, characters
 from regard.nn import LanguageModel, hydra_mixers
 from regard.papers import Claim, Paper, Run
 from regard.papers import _hydra_runs as runs
-from regard.papers._titans_runs import VOCABULARY, told_once
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,14 +156,15 @@ def experiment(run: Run) -> None:
     run.record(
         "leak", here=runs.look_ahead(), setting="chunks of 32, the second half of one changed"
     )
-    lengths = run.pick(quick=[32, 64], full=[512, 1024, 2048, 4096, 8192])
+    lengths = run.pick(quick=[32, 64], full=[512, 2048, 4096, 8192])
     took = speed(run, lengths)
     seeds = run.pick(quick=[0], full=[0, 1])
     recall = distant(run, seeds)
     experts(run, seeds)
     known = by_heart(run, seeds)
     workspace(run, seeds)
-    text(run, seeds)
+    if not run.quick:  # reading the standard library takes seconds
+        text(run, seeds)
     run.figure("time", draw_time(lengths, took))
     run.figure("parts", draw_parts(recall, known))
 
@@ -214,8 +215,8 @@ def speed(run: Run, lengths: list[int]) -> dict[str, list[float]]:
     return took
 
 
-SMALL = {"mamba": {"state_size": 8}, "attention": {"window": 4, "stride": 16}}
-WINDOW = {"attention": {"window": 4, "stride": None}}
+SMALL = {"mamba": {"state_size": 8}, "attention": {"window": 3, "stride": 8}}
+WINDOW = {"attention": {"window": 3, "stride": None}}
 ARMS: dict[str, Any] = {
     "all paths": ["hydra", {"paths": ["mamba", "attention"], **SMALL}],
     "no attention": ["hydra", {"paths": ["mamba"], **SMALL}],
@@ -228,37 +229,41 @@ ARMS: dict[str, Any] = {
 
 def distant(run: Run, seeds: list[int]) -> dict[str, list[float]]:
     """Accuracy in percent of each arm, by seed."""
-    task, steps = told_once(64, 8, values=8), run.pick(quick=1, full=150)
+    task, steps = runs.carried(48, 8), run.pick(quick=1, full=100)
     asked = run.pick(quick=4, full=256)
 
     def measure(arm: str, seed: int) -> float:
         inner = 64 if arm == "transformer" else 32
         model = runs.build(
-            [ARMS[arm]], layers=2, width=32, vocab_size=VOCABULARY, intermediate_size=inner
+            [ARMS[arm]], layers=2, width=32, vocab_size=task.vocabulary, intermediate_size=inner
         )
         runs.fit(model, task, steps=steps, seed=seed)
         return 100 * task.accuracy(model, asked)
 
     found = every(run, "distant", list(ARMS), seeds, measure)
-    where = f"two layers of width 32, window 4, global tokens every 16, {task.length} tokens, {steps} steps, {len(seeds)} seed(s)"
+    where = f"two layers of width 32, window 3, global tokens every 8, {task.length} tokens, {steps} steps, {len(seeds)} seed(s)"
     every_arm = said(found, " %")
     whole, window = fmean(found["all paths"]), fmean(found["window alone"])
+    learnt = max(fmean(values) for values in found.values()) >= 50
+    if not learnt:
+        every_arm += ". No arm has learnt the task in these steps, so that this decides nothing"
     run.record(
         "distant",
         here={"all paths": round(whole, 1), "window alone": round(window, 1)},
-        holds=whole >= 80 and window <= CHANCE + 8,
+        holds=(whole >= 80 and window <= CHANCE + 8) if learnt else None,
         setting=where,
         note=f"accuracy by seed: {every_arm}",
     )
     for claim, arm in (("attention", "no attention"), ("state-space", "no state space")):
         lost = [a - b for a, b in zip(found["all paths"], found[arm], strict=True)]
-        compare(run, claim, lost, 0, where, f"accuracy by seed: {every_arm}")
+        note = f"accuracy by seed: {every_arm}"
+        compare(run, claim, lost, 0, where, note, decides=learnt)
     return found
 
 
 def experts(run: Run, seeds: list[int]) -> None:
     length, stretch, inner = run.pick(quick=(32, 16, 8), full=(128, 64, 32))
-    task, steps = runs.domains(length, stretch=stretch), run.pick(quick=1, full=250)
+    task, steps = runs.domains(length, stretch=stretch), run.pick(quick=1, full=150)
     shapes = {
         "two of four experts": {"experts": 4, "active": 2, "inner": inner},
         "one layer, same active width": {"experts": 1, "active": 1, "inner": 2 * inner},
@@ -295,8 +300,8 @@ def experts(run: Run, seeds: list[int]) -> None:
 
 def by_heart(run: Run, seeds: list[int]) -> dict[str, dict[int, list[float]]]:
     """Facts known, by arm and number of facts."""
-    counts = run.pick(quick=[20], full=[500, 2000, 8000])
-    steps, batch = run.pick(quick=(1, 8), full=(250, 256))
+    counts = run.pick(quick=[20], full=[1000, 8000])
+    steps, batch = run.pick(quick=(1, 8), full=(100, 256))
     arms: dict[str, dict[str, Any]] = {
         "product keys": {"product_keys": {"keys": 32, "half": 16, "value_width": 32}},
         "neither": {},
@@ -330,7 +335,7 @@ def by_heart(run: Run, seeds: list[int]) -> dict[str, dict[int, list[float]]]:
 
 
 def workspace(run: Run, seeds: list[int]) -> None:
-    task, steps = told_once(64, 8, values=8), run.pick(quick=1, full=200)
+    task, steps = runs.carried(48, 8), run.pick(quick=1, full=120)
     arms: dict[str, dict[str, Any]] = {
         "workspace": {"workspace": {"slots": 8, "active": 4, "rank": 32, "chunk": 8}},
         "window alone": {},
@@ -341,7 +346,7 @@ def workspace(run: Run, seeds: list[int]) -> None:
             [["sparse_global", WINDOW["attention"]]],
             layers=2,
             width=32,
-            vocab_size=VOCABULARY,
+            vocab_size=task.vocabulary,
             intermediate_size=64,
             **arms[arm],
         )
@@ -350,13 +355,13 @@ def workspace(run: Run, seeds: list[int]) -> None:
 
     found = every(run, "workspace", list(arms), seeds, measure)
     gain = [a - b for a, b in zip(*found.values(), strict=True)]
-    where = f"two layers of width 32, window 4, 8 slots, chunks of 8, {task.length} tokens, {steps} steps, {len(seeds)} seed(s)"
+    where = f"two layers of width 32, window 3, 8 slots, chunks of 8, {task.length} tokens, {steps} steps, {len(seeds)} seed(s)"
     compare(run, "workspace", gain, 20, where, f"accuracy by seed: {said(found, ' %')}")
 
 
 def text(run: Run, seeds: list[int]) -> None:
-    task: Task = characters(run.pick(quick=32, full=128), "code")
-    steps = run.pick(quick=1, full=200)
+    task: Task = characters(128, "code")
+    steps = 120
     options = {
         "mamba": {"state_size": 8},
         "attention": {"window": 32, "stride": 32},
@@ -374,7 +379,7 @@ def text(run: Run, seeds: list[int]) -> None:
         run.seed(seed)
         model = type(hydra)(hydra.config) if arm == "Hydra" else runs.transformer_like(hydra)
         runs.fit(model, task, steps=steps, seed=seed, batch=8)
-        return task.loss(model, run.pick(quick=2, full=128)) / 0.6931471805599453
+        return task.loss(model, 128) / math.log(2)
 
     found = every(run, "text", ["Hydra", "transformer"], seeds, measure)
     share = [a / b for a, b in zip(*found.values(), strict=True)]
@@ -397,13 +402,22 @@ def every(run: Run, name: str, arms: list[str], seeds: list[int], measure: Any) 
     return found
 
 
-def compare(run: Run, claim: str, values: list[float], above: float, where: str, note: str) -> None:
-    """Records a mean whose claim asks every seed to lie above a number."""
+def compare(
+    run: Run,
+    claim: str,
+    values: list[float],
+    above: float,
+    where: str,
+    note: str,
+    *,
+    decides: bool = True,
+) -> None:
+    """Records a mean whose claim asks every seed to lie above a number; one seed, or one that `note` doubts, decides nothing."""
     run.record(
         claim,
         here=round(fmean(values), 3),
         interval=(round(min(values), 3), round(max(values), 3)),
-        holds=None if len(values) < 2 else min(values) > above,
+        holds=min(values) > above if decides and len(values) > 1 else None,
         setting=where,
         note=f"{note}; interval: lowest and highest seed",
     )
