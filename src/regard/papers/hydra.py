@@ -367,7 +367,7 @@ def text(run: Run, seeds: list[int]) -> None:
         "attention": {"window": 32, "stride": 32},
         "experts": {"inner": 64},
     }
-    hydra = runs.build(
+    make = lambda: runs.build(  # noqa: E731
         hydra_mixers(3, attention_every=3, **options),
         layers=3,
         width=64,
@@ -375,9 +375,10 @@ def text(run: Run, seeds: list[int]) -> None:
         product_keys={"keys": 16, "half": 16, "value_width": 64},
     )
 
+    hydra = make()
+
     def measure(arm: str, seed: int) -> float:
-        run.seed(seed)
-        model = type(hydra)(hydra.config) if arm == "Hydra" else runs.transformer_like(hydra)
+        model = make() if arm == "Hydra" else runs.transformer_like(hydra)
         runs.fit(model, task, steps=steps, seed=seed, batch=8)
         return task.loss(model, 128) / math.log(2)
 
