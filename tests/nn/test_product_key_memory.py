@@ -47,7 +47,7 @@ def test_only_what_is_read_learns() -> None:
     hidden = torch.randn(1, 2, 16, dtype=torch.float64)
     memory(hidden).sum().backward()
     touched = memory.values.grad.abs().sum(-1).nonzero()[:, 0]  # type: ignore[union-attr]
-    assert set(touched.tolist()) == set(memory.search(hidden).index.flatten().tolist())
+    assert set(touched.tolist()) == set(memory.search(hidden).pairs.flatten().tolist())
 
 
 def test_numbers_out_of_range_are_named() -> None:

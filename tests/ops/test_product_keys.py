@@ -37,24 +37,24 @@ def test_the_best_pairs_are_the_best_of_all(keys, half, data):
     query, first, second = draw(keys, half, seed=data.draw(st.integers(0, 99)))
     found = product_key_search(query, first, second, half_k=half_k, picked=picked)
     expected = every_pair(query, first, second).topk(picked, -1)
-    assert torch.equal(found.index, expected.indices)
+    assert torch.equal(found.pairs, expected.indices)
     torch.testing.assert_close(found.scores, expected.values, atol=1e-12, rtol=0)
 
 
 def test_the_paper_s_size():
     query, first, second = draw(64, 64)
     found = product_key_search(query, first, second, half_k=4, picked=4)
-    assert torch.equal(found.index, every_pair(query, first, second).topk(4, -1).indices)
+    assert torch.equal(found.pairs, every_pair(query, first, second).topk(4, -1).indices)
 
 
 def test_all_candidates_hold_scores_of_their_pairs_and_not_the_best_sixteen():
     query, first, second = draw(64, 8)
     found = product_key_search(query, first, second, half_k=4)
     scores = every_pair(query, first, second)
-    torch.testing.assert_close(found.scores, scores.gather(-1, found.index))
-    assert found.index.shape == (2, 9, 16)
+    torch.testing.assert_close(found.scores, scores.gather(-1, found.pairs))
+    assert found.pairs.shape == (2, 9, 16)
     assert bool((found.scores.diff(dim=-1) <= 0).all())
-    assert not torch.equal(found.index, scores.topk(16, -1).indices)
+    assert not torch.equal(found.pairs, scores.topk(16, -1).indices)
 
 
 def test_gradients():

@@ -11,7 +11,7 @@ Source: "Hydra", arXiv 2508.15099, a plan whose released models are toys. Deviat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from regard.nn.mixer import Mixer, State
 from regard.nn.neural_memory import part_of
 from regard.nn.sparse_global_attention import SparseGlobalAttention
 
-PATHS: dict[str, tuple[type[Mixer], float]] = {
+PATHS: dict[str, tuple[Callable[..., Mixer], float]] = {
     "mamba": (Mamba, 0.8),
     "attention": (SparseGlobalAttention, 0.2),
     "experts": (ChunkMoE, 0.5),
@@ -100,7 +100,7 @@ def hydra_mixers(
     *,
     attention_every: int = 4,
     experts_every: int = 2,
-    **options: dict[str, Any],
+    **options: Any,
 ) -> list[list[Any]]:
     """The mixers of a model: attention in the last of `attention_every` layers, experts in the first of `experts_every`.
 

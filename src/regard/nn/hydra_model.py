@@ -10,6 +10,7 @@ Source: "Hydra", arXiv 2508.15099.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from regard.nn.neural_memory import part_of
 from regard.nn.product_key_memory import ProductKeyMemory
 from regard.nn.workspace_memory import WorkspaceMemory
 
-MEMORIES: dict[str, type[Mixer]] = {"workspace": WorkspaceMemory, "product_keys": ProductKeyMemory}
+MEMORIES: dict[str, Callable[..., Mixer]] = {
+    "workspace": WorkspaceMemory,
+    "product_keys": ProductKeyMemory,
+}
 
 
 class HydraLanguageModel(LanguageModel):

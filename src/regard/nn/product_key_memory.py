@@ -46,7 +46,7 @@ class ProductKeyMemory(Mixer):
         InputError: heads that do not divide, or a number out of range.
 
     >>> memory = ProductKeyMemory(width=32, heads=4, keys=16)
-    >>> memory(torch.randn(2, 10, 32)).shape, memory.search(torch.randn(2, 10, 32)).index.shape
+    >>> memory(torch.randn(2, 10, 32)).shape, memory.search(torch.randn(2, 10, 32)).pairs.shape
     (torch.Size([2, 10, 32]), torch.Size([2, 10, 16]))
     """
 
@@ -96,7 +96,7 @@ class ProductKeyMemory(Mixer):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         state: State | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        scores, index = (part.flatten(0, 1) for part in self.search(hidden))
+        scores, pairs = (part.flatten(0, 1) for part in self.search(hidden))
         weights = scores.softmax(-1).to(self.values.dtype)
-        read = embedding_bag(index, self.values, per_sample_weights=weights, mode="sum")
+        read = embedding_bag(pairs, self.values, per_sample_weights=weights, mode="sum")
         return torch.sigmoid(self.gate(hidden)) * self.value_proj(read).view_as(hidden)

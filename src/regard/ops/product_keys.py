@@ -22,7 +22,7 @@ class ProductKeys(NamedTuple):
     """The keys that a query picks: their scores, highest first, and numbers, i n + j for the pair (i, j)."""
 
     scores: Float[Tensor, "*queries picked"]
-    index: Int[Tensor, "*queries picked"]
+    pairs: Int[Tensor, "*queries picked"]
 
 
 def product_key_search(
@@ -50,7 +50,7 @@ def product_key_search(
     >>> import torch
     >>> keys = torch.eye(2)
     >>> product_key_search(torch.tensor([4.0, 1.0, 0.0, 2.0]), keys, keys, half_k=2)
-    ProductKeys(scores=tensor([6., 4., 3., 1.]), index=tensor([1, 0, 3, 2]))
+    ProductKeys(scores=tensor([6., 4., 3., 1.]), pairs=tensor([1, 0, 3, 2]))
     """
     keys, half = first.shape
     if query.shape[-1] != 2 * half or second.shape != first.shape:

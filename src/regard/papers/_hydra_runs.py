@@ -52,15 +52,14 @@ def build(mixers: Sequence[Any], *, layers: int, width: int, **more: Any) -> Hyd
     return model
 
 
-def transformer_like(model: LanguageModel, *, layers: int | None = None) -> HydraLanguageModel:
+def transformer_like(model: LanguageModel) -> HydraLanguageModel:
     """A transformer of the same width and vocabulary with as many parameters: its feed-forward layers take up the rest."""
     config = model.config
-    layers = config.num_hidden_layers if layers is None else layers
 
     def sized(inner: int) -> HydraLanguageModel:
         return build(
             ["softmax"],
-            layers=layers,
+            layers=config.num_hidden_layers,
             width=config.hidden_size,
             vocab_size=config.vocab_size,
             intermediate_size=inner,
@@ -87,7 +86,10 @@ def fit(
 @torch.no_grad()
 def differences(tokens: int, width: int = 32) -> dict[str, float]:
     """Largest differences of logits or scores in float64 that should be nought."""
-    options = {"attention": {"window": 7, "stride": 16}, "experts": {"chunk": 8, "inner": 32}}
+    options: dict[str, Any] = {
+        "attention": {"window": 7, "stride": 16},
+        "experts": {"chunk": 8, "inner": 32},
+    }
     memories = {"workspace": {"chunk": 8}, "product_keys": {"keys": 16}}
     model = build(hydra_mixers(4, **options), layers=4, width=width, **memories)
     model = model.double().eval()

@@ -362,7 +362,7 @@ def workspace(run: Run, seeds: list[int]) -> None:
 def text(run: Run, seeds: list[int]) -> None:
     task: Task = characters(128, "code")
     steps = 120
-    options = {
+    options: dict[str, Any] = {
         "mamba": {"state_size": 8},
         "attention": {"window": 32, "stride": 32},
         "experts": {"inner": 64},
