@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -41,6 +42,17 @@ def test_errors_of_the_series_are_those_of_its_definition():
             part.append(cut / cut.sum() @ value[head, : i + 1])
         off = (torch.stack(part) - torch.stack(whole)).norm() / torch.stack(whole).norm()
         assert float(found[head]) == pytest.approx(float(off))
+
+
+@pytest.mark.parametrize("order", [1, 8, 47, 64, 128])
+def test_a_series_far_below_zero_is_exact(order):
+    scores = [-60.25, -40.5, -13.0, -11.0, 0.0, 30.5]
+    expected = [
+        float(sum(Fraction(x) ** p / math.factorial(p) for p in range(order + 1))) for x in scores
+    ]
+    found = runs.series(torch.tensor(scores, dtype=torch.float64), order)
+    close = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found, close, rtol=1e-6, atol=1e-10)
 
 
 def test_heads_of_a_model_are_read_as_it_attends():

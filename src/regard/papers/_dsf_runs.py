@@ -135,10 +135,25 @@ def series_errors(
     whole = scores.masked_fill(later, -torch.inf).softmax(-1) @ value
     found = []
     for order in orders:
-        weights = truncated_exponential(scores, order).masked_fill(later, 0)
+        weights = series(scores.masked_fill(later, 0), order).masked_fill(later, 0)
         part = weights / weights.sum(-1, keepdim=True) @ value
         found.append((part - whole).norm(dim=(-2, -1)) / whole.norm(dim=(-2, -1)))
     return found
+
+
+def series(scores: Float[Tensor, "*any"], order: int) -> Float[Tensor, "*any"]:
+    """`truncated_exponential` of float64 scores, also where they are so far below 0 that its terms cancel to noise.
+
+    There it is `e^x - x^(P+1) / (P+1)! M(1, P+2, x)` with Kummer's function M, which lies between 0 and 1.
+    """
+    from scipy.special import hyp1f1
+
+    total, low = truncated_exponential(scores, order), scores < -12
+    x = scores[low]
+    tail = torch.from_numpy(hyp1f1(1.0, order + 2.0, x.numpy()))
+    size = ((order + 1) * (-x).log() - math.lgamma(order + 2)).exp()
+    total[low] = x.exp() - (-1) ** (order + 1) * size * tail
+    return total
 
 
 def random_series(orders: Sequence[int], draws: int, tokens: int = 64, dim: int = 8) -> list[float]:
