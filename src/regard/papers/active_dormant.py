@@ -1,4 +1,4 @@
-"""Active-Dormant Attention Heads (arXiv 2410.13835): the measurement part, on a pretrained model.
+"""Active-Dormant Attention Heads (arXiv 2410.13835): how extreme tokens form in a small model, and what a pretrained one shows.
 
 The paper explains three extreme-token phenomena, attention sinks, value-state drains and residual-state peaks, by heads that are
 active on some inputs and parked on the first token on others. Checked here on SmolLM2:
@@ -7,8 +7,8 @@ active on some inputs and parked on the first token on others. Checked here on S
 * domain switching: which heads park on prose and not on code or the reverse, and whether silencing such a head costs more in
   the domain where it is active. Heads are chosen on one half of the windows, their cost is measured on the other half.
 
-In the laboratory (they need training runs and are not recorded here): the Bigram-Backcopy task, the logarithmic growth of the
-sink logits and their closed forms, ReLU attention and SGD, which take the phenomena away.
+And in the laboratory `regard.labs.bigram_backcopy`: the flow of one query against its closed forms; transformers of one and of
+three layers trained on Bigram-Backcopy, with ReLU attention and with SGD beside softmax and Adam.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from regard.instruments.values import ValueDrain
 from regard.instruments.writers import Writers
 from regard.interventions import ZeroHeads
 from regard.papers import Claim, Paper, Run
+from regard.papers import _bigram_backcopy_runs as laboratory
+from regard.papers._bigram_backcopy_claims import CLAIMS, record_laboratory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,12 +103,20 @@ PAPER = Paper(
             setting="OLMo-7B checkpoints",
             beyond="checkpoints of a pre-training run are not at hand",
         ),
+        *CLAIMS,
     ],
     needs=("matplotlib",),
 )
 
 
 def experiment(run: Run) -> None:
+    small = laboratory.Scale(8, 10, 4, steps=10, relu_steps=10, deep_steps=10, logs=4, seeds=(0, 1))
+    record_laboratory(run, run.pick(quick=small, full=laboratory.Scale()))
+    measure_model(run)
+
+
+def measure_model(run: Run) -> None:
+    """Everything that is measured on the pretrained model."""
     model = run.model()
     windows, length = run.pick(quick=(2, 48), full=(16, 128))
     top = run.pick(quick=2, full=6)
@@ -278,8 +288,8 @@ def loss(model: nn.Module, ids: Tensor, head: Head | None) -> list[float]:
     for rows in ids.split(8):
         with torch.inference_mode(), Session(model, *methods):
             logits = model(input_ids=rows).logits[:, :-1]
-        each = cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-        losses += each.double().mean(1).tolist()
+        each = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        losses += each.view(len(rows), -1).double().mean(1).tolist()
     return losses
 
 
