@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fixtures_models import tiny_llama
 from regard.nn import LanguageModel
+from regard.papers import Run
 from regard.papers import _graph_isomorphic_runs as runs
 from regard.papers import graph_isomorphic as paper
 
@@ -95,3 +98,58 @@ def test_problems_to_learn_and_to_judge_by_differ() -> None:
         {one.question for one in runs.texts.arithmetic_problems(n, s)} for n, s in paper.PROBLEMS
     )
     assert not train & unseen
+
+
+def made_fit(best: float, end: float, training: float, alpha: list[float]) -> dict:
+    held = [best + 1, best, end]
+    return {"held out": held, "training": training, "alpha": alpha, "parameters": 100}
+
+
+def made_course(start: float, end: float, scales: list[list[float]]) -> dict:
+    losses = [[level, level + 0.1] for level in (start, (start + end) / 2, end)]
+    return {"losses": losses, "scales": scales, "parameters": 9}
+
+
+def test_verdicts_follow_from_what_was_measured(tmp_path: Path) -> None:
+    run = Run(paper.PAPER, scale="full", work=tmp_path)
+    levels = {
+        "reference": 2.5,
+        "GIN 0.5": 2.3,
+        "GIN 1": 2.4,
+        "GIN 4": 2.6,
+        "GIN 0.5 + W_o": 2.2,
+        "PNA": 2.4,
+    }
+    fits = {
+        arm: [made_fit(b + s / 100, b + 0.3, b - 1, [0.9, 1.1]) for s in range(3)]
+        for arm, b in levels.items()
+    }
+    fits["GIN 0.5"] = [dict(one, training=2.0) for one in fits["GIN 0.5"]]
+    paper.record_fits(run, paper.SIZE, fits)
+    shrinking = [[0.0 - step / 9, 0.3 - step / 30, 0.5 + step / 90] for step in range(11)]
+    ends = {"neighbours": 1.0, "self-loops": 1.1, "LoRA": 1.05}
+    courses = {
+        arm: {
+            rate: [made_course(2.0, end + rate, [] if arm == "LoRA" else shrinking)] * 3
+            for rate in (1e-3, 1e-2)
+        }
+        for arm, end in ends.items()
+    }
+    paper.record_small(run, paper.SIZE, courses)
+    paper.record_smollm2(run, courses)
+    here = {name: record["here"] for name, record in run.records.items()}
+    assert here["perplexity"] == pytest.approx(0.2)
+    assert here["gap"] == pytest.approx(1.3 - 0.6)
+    assert here["lora"] == here["smollm2"] == pytest.approx(0.05)
+    assert here["neighbours"] == pytest.approx(0.1)
+    assert (here["variants"], here["course"], here["depth"]) == (3, 2, 1)
+    assert {name for name, record in run.records.items() if not record["holds"]} == {
+        "pna",  # ahead of the reference, made so
+        "minimum",  # at the same epoch
+    }
+    assert here["falls"] < 0
+    run.figure("training", paper.draw_training(paper.SIZE, fits))
+    run.figure("adapting", paper.draw_adapting(courses, courses))
+    layer = {"density": 0.1, "loops": 0.3, "to the first token": 0.5}
+    run.figure("graphs", paper.draw_graphs([layer, layer, layer], courses))
+    assert len(list(tmp_path.glob("*.svg"))) == 3
