@@ -38,7 +38,7 @@ def ids(*shape: int) -> torch.Tensor:
 
 def test_the_paths_add_up() -> None:
     mixer, hidden = Hydra(32, 4, **SMALL), torch.randn(2, 21, 32)  # type: ignore[arg-type]
-    assert [round(float(gain), 3) for gain in mixer.gains] == [0.8, 0.2, 0.5]
+    assert [round(gain.item(), 3) for gain in mixer.gains] == [0.8, 0.2, 0.5]
     parts = [
         gain * path(hidden) for gain, path in zip(mixer.gains, mixer.paths.values(), strict=True)
     ]
