@@ -28,7 +28,7 @@ def draw_training(size: Size, found: dict[str, list[dict[str, Any]]]) -> Figure:
         right.plot([place] * len(results), gaps(results), ".", color="0.2")
     left.set(xlabel="epoch", ylabel="held-out loss, nats a byte")
     left.legend(fontsize=8)
-    right.set(ylabel="held-out less training loss at the end, nats a byte")
+    right.set(ylabel="held-out less training loss, nats")
     right.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
     return figure
 
