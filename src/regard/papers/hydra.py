@@ -467,5 +467,8 @@ def draw_parts(recall: dict[str, list[float]], known: dict[str, dict[int, list[f
     ends = list(next(iter(known.values())))
     right.plot(ends, ends, color="0.6", lw=0.8, ls="--", label="all")
     right.set(xscale="log", yscale="log", xlabel="facts there are", ylabel="facts known")
+    right.set_xticks(ends)
+    right.get_xaxis().set_major_formatter("{x:.0f}")
+    right.get_xaxis().minorticks_off()
     right.legend(fontsize=8)
     return figure
