@@ -282,7 +282,7 @@ def chance_band(count: int, odds: float = 0.25) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def share(right: Sequence[bool], seed: int = 0) -> tuple[float, tuple[float, float]]:
+def share(right: Sequence[bool | float], seed: int = 0) -> tuple[float, tuple[float, float]]:
     """Mean of answers and its 95 % bootstrap interval."""
     return resampled(np.asarray(right, float), seed)
 
