@@ -408,7 +408,7 @@ def compare(
     run: Run,
     claim: str,
     values: list[float],
-    above: float,
+    above: float | int,
     where: str,
     note: str,
     *,
