@@ -8,6 +8,7 @@ log(seconds) over log(tokens) of the lengths from `FROM` on; softmax attention r
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -48,6 +49,19 @@ def options(name: str, tokens: int) -> dict[str, Any]:
         clusters = max(2, round(math.sqrt(tokens)))
         given |= {"clusters": clusters, "window": tokens // clusters}
     return given
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep what is freed.
+
+    It gives blocks of 32 MB and more back to the system, so that every tensor of 64k tokens would be paid for in page faults;
+    a program that runs for long sets the same by `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000`.
+    """
+    most, trim = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(most, 0)
+        mallopt(trim, 2_000_000_000)
 
 
 def seconds(run: Any) -> float:
@@ -152,6 +166,7 @@ def main() -> None:
     if given.peak:
         print(peak(given.peak))
         return
+    keep_memory()
     lengths = [1024 * 2**k for k in range(20) if 1024 * 2**k <= given.longest]
     rows: list[dict[str, Any]] = []
     if given.keep and given.out.is_file():
@@ -189,7 +204,9 @@ def write(results: Path, out: Path = HERE.parent / "docs" / "benchmarks-build.md
         "# Building: time and memory by length",
         "",
         f"Mixers of width {held['width']} with {held['heads']} heads on one thread; milliseconds of CPU time for one sequence. "
-        "`python -m benchmarks.build` repeats it. Softmax attention is PyTorch's fused kernel.",
+        "`python -m benchmarks.build` repeats it. Softmax attention is PyTorch's fused kernel. The allocator keeps what is freed "
+        "(`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000`): otherwise glibc returns blocks of 32 MB to the system, "
+        "and tensors of 64k tokens cost up to twice the time in page faults.",
         "",
     ]
     for part, title in (("forward", "Forward"), ("both", "Forward and backward")):
