@@ -300,7 +300,7 @@ def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
         f" plain Fisher {mean['Fisher']:.1f}, FFG + TIES {mean['FFG + TIES']:.1f}",
     )
     whole, part = told(gains), told(gain("FFG + linear", "linear"))
-    shared = settled(gains, 0) is True
+    shared = whole > 0 and settled(gains, 0) is True
     run.record(
         "driver",
         here=round(part / whole, 2) if whole > 0 else part,
