@@ -50,6 +50,26 @@ class Series:
     line: tuple[np.ndarray, np.ndarray] | None = None
     log: str = ""
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        x: Sequence[Number] | np.ndarray,
+        found: Sequence[tuple[Number, Number]],
+        predicted: Sequence[Number] | np.ndarray,
+        x_label: str,
+        y_label: str,
+        **more: Any,
+    ) -> Series:
+        """The series whose points were `found` as pairs of mean and half of an interval; `more` are the other attributes.
+
+        >>> Series.of("risk", [1, 2], [(0.5, 0.1), (0.3, 0.1)], [0.5, 0.25], "n", "risk").error
+        array([0.1, 0.1])
+        """
+        measured, error = np.array(found, float).T
+        points = (np.array(x, float), measured, error, np.array(predicted, float))
+        return cls(name, *points, x_label, y_label, **more)
+
     def __post_init__(self) -> None:
         sizes = {
             key: np.shape(getattr(self, key)) for key in ("x", "measured", "error", "predicted")
@@ -92,6 +112,8 @@ class Check:
     def holds(self) -> bool | None:
         """Whether the prediction is met; None while the error bar cannot tell.
 
+        A measurement that is off by more than the tolerance never holds; one whose error bar alone is wider shows nothing.
+
         >>> Check("a", "", measured=1.02, predicted=1.0, tolerance=0.05).holds
         True
         >>> Check("a", "", measured=1.02, predicted=1.0, tolerance=0.01).holds
@@ -101,13 +123,10 @@ class Check:
         """
         if not math.isfinite(self.measured) or not math.isfinite(self.error):
             return None
-        if self.sense == "=" and self.error > self.tolerance:
-            return None if self.off <= self.tolerance + self.error else False
-        if self.sense == "=":
-            return self.off <= self.tolerance + self.error
         if self.off - self.error > self.tolerance:
             return False
-        return True if self.off + self.error <= self.tolerance else None
+        room = self.error if self.sense == "=" else self.off + self.error
+        return True if max(self.off, room) <= self.tolerance else None
 
     def row(self) -> dict[str, Any]:
         """As one row of a table."""

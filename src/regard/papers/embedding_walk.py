@@ -216,7 +216,7 @@ def record_laboratory(run: Run) -> None:
             holds=one.holds,
             setting="64 dimensions, choices of 3 words, 4 choices",
             note=f"{one.says}: {one.measured:.3f}, predicted {one.predicted:.3f}; interval: 95 %"
-            + ("" if one.holds is not None else "; the error bar is wider than the tolerance"),
+            + ("" if one.holds is not None else "; the error bar leaves it open"),
         )
     for claim, name in (("counts", "bags"), ("pairs", "lookups")):
         one, curve = result.checks[name], result.series[name].measured

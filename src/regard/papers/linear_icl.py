@@ -250,7 +250,7 @@ def _setting(name: str, lab: LinearICL, where: str) -> str:
 
 
 def _bar(one: Check, note: str) -> str:
-    return note if one.holds is not None else f"{note}; the error bar is wider than the tolerance"
+    return note if one.holds is not None else f"{note}; the error bar leaves it open"
 
 
 def record_starts(run: Run) -> None:

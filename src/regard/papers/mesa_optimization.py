@@ -230,7 +230,7 @@ def record_step(
     note: str = "",
 ) -> None:
     one, shown = runs.worst(courses)
-    wide = "" if one.holds is not None else "; the error bar is wider than the tolerance"
+    wide = "" if one.holds is not None else "; the error bar leaves it open"
     varied = (
         f", {symbol} {', '.join(f'{s:g}' for s in SIZES)}" if len(courses) == len(SIZES) else ""
     )

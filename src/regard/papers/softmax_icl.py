@@ -416,7 +416,7 @@ def record_near_one(run: Run, name: str, ratios: np.ndarray, where: str, note: s
     """A mean over seeds is 1 within 5 %; undecided where its 95 % interval is too wide to say."""
     mean, half = (float(part) for part in interval(ratios))
     one = Check(name, "", mean, 1.0, tolerance=0.05, error=half)
-    wide = "" if one.holds is not None else "; the error bar is wider than the tolerance"
+    wide = "" if one.holds is not None else "; the error bar leaves it open"
     run.record(
         name,
         here=mean,

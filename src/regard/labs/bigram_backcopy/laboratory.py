@@ -12,7 +12,8 @@ from regard.labs.bigram_backcopy.data import backcopy
 from regard.labs.bigram_backcopy.film import animate, film
 from regard.labs.bigram_backcopy.models import Size
 from regard.labs.bigram_backcopy.training import Course, Recipe, intervene, train
-from regard.labs.results import Check, Result, Series, interval
+from regard.labs.films import FilmedResult
+from regard.labs.results import Check, Series, interval
 from regard.labs.settings import Lab, setting
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class BackcopyResult(Result):
+class BackcopyResult(FilmedResult):
     """What the laboratory gives, with the course itself, from which the film is made."""
 
     course: Course
@@ -29,18 +30,9 @@ class BackcopyResult(Result):
         """Attention, drain and peak over the steps (needs the `plot` extra)."""
         return film(self.course, frames)
 
-    def write(self, directory: str | Path) -> list[Path]:
-        """The files of every laboratory, and with matplotlib `film.png` and `film.gif`."""
-        written = Result.write(self, directory)
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            return written
-        still = Path(directory) / "film.png"
-        figure = self.film()
-        figure.savefig(still, dpi=100)
-        plt.close(figure)
-        return [*written, still, animate(self.course, Path(directory) / "film.gif")]
+    def animate(self, path: Path) -> Path:
+        """The same for every measured step, as a GIF (needs the `plot` extra)."""
+        return animate(self.course, path)
 
 
 @dataclass(frozen=True, kw_only=True)

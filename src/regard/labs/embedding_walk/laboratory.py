@@ -255,17 +255,9 @@ class EmbeddingWalk(Lab):
         x_label: str,
         panel: str,
     ) -> Series:
-        measured, error = np.array(found).T
-        return Series(
-            name,
-            np.array(x, float),
-            measured,
-            error,
-            np.array(theory),
-            x_label,
-            "share of right choices",
-            panel=panel,
-            log="x" if min(x) > 0 else "",
+        log = "x" if min(x) > 0 else ""
+        return Series.of(
+            name, x, found, theory, x_label, "share of right choices", panel=panel, log=log
         )
 
     def _agree(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from regard.labs.pavlovian import theory
@@ -71,7 +70,7 @@ def conditioning_series(rules: Mapping[str, Rule], first: int, second: int) -> l
     for name, rule in rules.items():
         course = responses(rule, *trials([(A, 1.0, first), (A + B, 1.0, second)]), B[None])
         blocking.append(
-            series_of(
+            Series.of(
                 name,
                 range(second + 1),
                 [(float(v), 0.0) for v in course[first:, 0]],
@@ -85,7 +84,7 @@ def conditioning_series(rules: Mapping[str, Rule], first: int, second: int) -> l
         rising = [predictions(rule, n, 0).acquired if n else 0.0 for n in range(first)]
         falling = [predictions(rule, first, n).extinguished for n in range(second + 1)]
         fading.append(
-            series_of(
+            Series.of(
                 f"{name}, V_A",
                 range(first + second + 1),
                 [(float(v), 0.0) for v in course[:, 0]],
@@ -101,33 +100,6 @@ def conditioning_series(rules: Mapping[str, Rule], first: int, second: int) -> l
 def mean_of(samples: torch.Tensor) -> tuple[float, float]:
     mean, half = interval(samples.numpy())
     return float(mean), float(half)
-
-
-def series_of(
-    name: str,
-    x: Sequence[float | int],
-    found: Sequence[tuple[float, float]],
-    predicted: Sequence[float],
-    x_label: str,
-    y_label: str,
-    *,
-    panel: str = "",
-    line: tuple[np.ndarray, np.ndarray] | None = None,
-    log: str = "",
-) -> Series:
-    measured, error = np.array(found).T
-    return Series(
-        name,
-        np.array(x, float),
-        measured,
-        error,
-        np.array(predicted, float),
-        x_label,
-        y_label,
-        panel=panel,
-        line=line,
-        log=log,
-    )
 
 
 def closest(
@@ -148,5 +120,5 @@ def closest(
         1.0,
         tolerance=0.05,
         error=ratios[worst][1],
-        why="5 %, beside the error bar",
+        why="5 %",
     )

@@ -17,7 +17,6 @@ from regard.labs.pavlovian.comparison import (
     conditioning_series,
     mean_of,
     operator_checks,
-    series_of,
 )
 from regard.labs.pavlovian.rules import Decaying, Hebbian, Oja, RescorlaWagner, Rule
 from regard.labs.results import Check, Result, Series
@@ -89,7 +88,7 @@ class Pavlovian(Lab):
         accuracy = [mean_of(one.accuracy) for one in found]
         fine = np.geomspace(min(self.items), max(self.items), 60)
         series = [
-            series_of(
+            Series.of(
                 "cross-talk",
                 self.items,
                 measured,
@@ -99,7 +98,7 @@ class Pavlovian(Lab):
                 line=(fine, (fine - 1) / self.dimension),
                 log="xy",
             ),
-            series_of(
+            Series.of(
                 "clean-up",
                 self.items,
                 accuracy,
@@ -126,7 +125,7 @@ class Pavlovian(Lab):
         weights = (logs - logs.mean()) / np.square(logs - logs.mean()).sum()
         bar = float(np.linalg.norm(weights * [half / mean for mean, half in measured]))
         series = [
-            series_of(
+            Series.of(
                 "overload",
                 sizes,
                 measured,
@@ -158,7 +157,7 @@ class Pavlovian(Lab):
             measured = [mean_of(errors[:, i]) for i in range(self.depth)]
             predicted = [theory.chain_error(n, d, depth) for depth in depths]
             series.append(
-                series_of(
+                Series.of(
                     f"chain, n = {n}",
                     depths,
                     measured,
@@ -189,8 +188,8 @@ class Pavlovian(Lab):
         lowest = min(shared, key=lambda pair: pair[0])
         label = ("R, heads", "mean squared error of their average")
         series = [
-            series_of("own codes", self.heads, own, predicted, *label, panel="heads", log="xy"),
-            series_of(
+            Series.of("own codes", self.heads, own, predicted, *label, panel="heads", log="xy"),
+            Series.of(
                 "projections of one code",
                 self.heads,
                 shared,

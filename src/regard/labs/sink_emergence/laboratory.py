@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from regard._errors import InputError
-from regard.labs.results import Result, Series, interval
+from regard.labs.films import FilmedResult
+from regard.labs.results import Series, interval
 from regard.labs.settings import Lab, setting
 from regard.labs.sink_emergence.arms import FACTORS, Arm, arms_of
 from regard.labs.sink_emergence.course import SHOWN, Course, join
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class SinkResult(Result):
+class SinkResult(FilmedResult):
     """What the laboratory gives, with the course itself, from which the film is made."""
 
     course: Course
@@ -35,18 +36,9 @@ class SinkResult(Result):
         """Attention maps by arm and step (needs the `plot` extra)."""
         return film(self.course, arms)
 
-    def write(self, directory: str | Path) -> list[Path]:
-        """The files of every laboratory, and with matplotlib `film.png` and `film.gif`."""
-        written = Result.write(self, directory)
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            return written
-        still = Path(directory) / "film.png"
-        figure = self.film()
-        figure.savefig(still, dpi=100)
-        plt.close(figure)
-        return [*written, still, animate(self.course, Path(directory) / "film.gif")]
+    def animate(self, path: Path) -> Path:
+        """The same for every measured step, as a GIF (needs the `plot` extra)."""
+        return animate(self.course, path)
 
 
 @dataclass(frozen=True, kw_only=True)
