@@ -11,18 +11,16 @@ Source: Gu and Dao 2023, "Mamba", arXiv 2312.00752.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.neural_memory import ShortConvolution
 from regard.nn.projections import check_heads
-from regard.nn.selective_state_space import LONGEST, SHORTEST
+from regard.nn.selective_state_space import LONGEST, SHORTEST, first_steps
 from regard.ops.linear_attention import wide
 from regard.ops.selective_scan import selective_scan
 
@@ -65,10 +63,7 @@ class Mamba(Mixer):
         super().__init__()
         check_heads(width, heads)
         rank = -(-width // 16) if step_rank is None else step_rank
-        sizes = {"state_size": state_size, "kernel": kernel, "expansion": expansion}
-        for name, value in {**sizes, "step_rank": rank}.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(state_size=state_size, kernel=kernel, expansion=expansion, step_rank=rank)
         if not 0 < steps[0] <= steps[1]:
             raise InputError.of("steps", given=steps, expected="0 < shortest <= longest")
         inner = expansion * width
@@ -82,10 +77,10 @@ class Mamba(Mixer):
         self.log_rate = nn.Parameter(rates.repeat(inner, 1))
         self.skip = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, width, bias=False)
-        start = torch.empty(inner).uniform_(math.log(steps[0]), math.log(steps[1])).exp()
+        start = first_steps(inner, *steps)
         with torch.no_grad():
             self.step_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
-            self.step_proj.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus inverted
+            self.step_proj.bias.copy_(start)
 
     @property
     def rate(self) -> Float[Tensor, "inner state"]:

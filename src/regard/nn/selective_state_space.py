@@ -20,17 +20,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import Projections, split_heads
 from regard.ops.decayed_attention import decayed_linear_attention
 from regard.ops.linear_attention import wide
-from regard.ops.linear_recurrence import linear_recurrence
+from regard.ops.selective_scan import selective_scan
 
-CHUNK = 128
-"""Tokens whose states `S6` holds at a time; any number gives the same outputs."""
 SHORTEST, LONGEST = 1e-3, 0.1
 """Steps start between these, evenly on a logarithmic scale."""
+
+
+def first_steps(
+    count: int, shortest: float | int = SHORTEST, longest: float | int = LONGEST
+) -> Float[Tensor, " count"]:
+    """Biases at which softplus gives steps that are drawn evenly on a logarithmic scale."""
+    start = torch.empty(count).uniform_(math.log(shortest), math.log(longest)).exp()
+    return start + torch.log(-torch.expm1(-start))  # softplus inverted
 
 
 class _Selective(Projections, Mixer):
@@ -43,9 +49,8 @@ class _Selective(Projections, Mixer):
     def __init__(self, width: int, heads: int, *, state_size: int | None, steps: int) -> None:
         super().__init__(width, heads, state_size=state_size)
         self.step_proj = nn.Linear(width, steps)
-        start = torch.empty(steps).uniform_(math.log(SHORTEST), math.log(LONGEST)).exp()
         with torch.no_grad():
-            self.step_proj.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus inverted
+            self.step_proj.bias.copy_(first_steps(steps))
         self.skip = nn.Parameter(torch.ones(heads, width // heads))
 
     @property
@@ -97,9 +102,8 @@ class S6(_Selective):
         heads: must divide `width`; each has its own q and k.
         state_size: n, entries of the state of a channel; `width / heads` by default.
 
-    Cost: 3 width^2 + 2 width heads state_size multiplications a token for the maps, and 2 log2(CHUNK) + 4 for each of the
-    width x state_size numbers of the state; the states of `CHUNK` tokens are in memory at once, of all when
-    differentiated.
+    Cost: 3 width^2 + 2 width heads state_size multiplications a token for the maps, and those of `selective_scan` for the
+    width x state_size numbers of its state.
 
     Raises:
         InputError: heads that do not divide, or a size below 1.
@@ -116,18 +120,12 @@ class S6(_Selective):
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, step: Tensor, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        shape, read = (value.shape[-1], key.shape[-1]), []
-        last = None if memory is None else memory.flatten(-2)
-        for asked, held, given, length in zip(
-            *(part.split(CHUNK, 2) for part in (query, key, value, step)), strict=True
-        ):
-            decay = (length[..., None] * self.rate[:, None]).exp().flatten(-2)
-            written = ((length * given)[..., None] * held[..., None, :]).flatten(-2)
-            states = linear_recurrence(decay, written, last)
-            last = states[:, :, -1]
-            read.append((states.unflatten(-1, shape) @ asked[..., None])[..., 0])
-        assert last is not None
-        return torch.cat(read, 2), last.unflatten(-1, shape)
+        shape = value.shape[:2]
+        query, key, value, step = (part.flatten(0, 1) for part in (query, key, value, step))
+        rate = self.rate.repeat(shape[0], 1, 1)
+        before = None if memory is None else memory.flatten(0, 1)
+        read, last = selective_scan(value, step, rate, key, query, before)
+        return read.unflatten(0, shape), last.unflatten(0, shape)
 
 
 class SSD(_Selective):
@@ -153,8 +151,7 @@ class SSD(_Selective):
         self, width: int, heads: int, *, state_size: int | None = None, chunk: int = 64
     ) -> None:
         super().__init__(width, heads, state_size=state_size, steps=heads)
-        if chunk < 1:
-            raise InputError.of("chunk", given=chunk, expected="1 or more")
+        at_least_one(chunk=chunk)
         self.log_rate = nn.Parameter(torch.empty(heads, 1, 1).uniform_(1, 16).log())
         self.chunk = chunk
 

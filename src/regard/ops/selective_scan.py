@@ -32,7 +32,7 @@ ROOM = 1 << 17
 def selective_scan(
     inputs: Float[Tensor, "batch tokens channels"],
     step: Float[Tensor, "batch tokens channels"],
-    rate: Float[Tensor, "channels state"],
+    rate: Float[Tensor, "*rows channels state"],
     write: Float[Tensor, "batch tokens state"],
     read: Float[Tensor, "batch tokens state"],
     initial: Float[Tensor, "batch channels state"] | None = None,
@@ -42,7 +42,7 @@ def selective_scan(
     Args:
         inputs: x.
         step: Delta; a step of 0 neither fades nor writes.
-        rate: a.
+        rate: a, the same for the whole batch or one for each of its rows.
         write: B.
         read: C.
         initial: the state before the first token, zeros by default.
@@ -62,9 +62,11 @@ def selective_scan(
     if tokens == 0:
         raise InputError.of("inputs", given=tuple(inputs.shape), expected="of 1 or more tokens")
     block = min(BLOCK, tokens)
-    together = block * max(1, ROOM // (batch * rate.numel()))
-    doubling = (rate * math.log2(math.e)).mT  # powers of 2 take half the time of powers of e
-    last = inputs.new_zeros(batch, rate.shape[1], channels) if initial is None else initial.mT
+    state = rate.shape[-1]
+    together = block * max(1, ROOM // (batch * channels * state))
+    # powers of 2 take half the time of powers of e; [batch or 1, 1, state, channels]
+    doubling = (rate * math.log2(math.e)).mT.reshape(-1, 1, state, channels)
+    last = inputs.new_zeros(batch, state, channels) if initial is None else initial.mT
     outputs = []
     for parts in zip(
         *(part.split(together, 1) for part in (step * inputs, step, write, read)), strict=True
