@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from regard._errors import InputError
-from regard.metrics import bootstrap, paired
+from regard.metrics import bootstrap, paired, student
 
 
 def test_interval_matches_the_normal_approximation():
@@ -60,3 +61,26 @@ def test_same_seed_same_interval():
     values = list(np.random.default_rng(4).normal(size=12))
     assert bootstrap(values, seed=7) == bootstrap(values, seed=7)
     assert bootstrap(values, seed=7) != bootstrap(values, seed=8)
+
+
+def test_student_is_the_interval_of_a_paired_test() -> None:
+    first, second = [3.0, 4.5, 2.0], [1.0, 2.0, 1.5]
+    found = student([a - b for a, b in zip(first, second, strict=True)])
+    expected = ttest_rel(first, second).confidence_interval(0.95)
+    assert found.ends == pytest.approx((expected.low, expected.high))
+    alone = student([2.0])
+    assert (alone.mean, alone.n, alone.ends, alone.at_least(0)) == (2.0, 1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "verdict"),
+    [
+        ([1.0, 2.0], [0.0, 0.5], True),
+        ([0.0, 0.5], [1.0, 2.0], False),
+        ([1.0, 0.0], [0.0, 1.0], None),
+    ],
+)
+def test_a_difference_is_decided_where_its_interval_says_so(
+    own: list[float], other: list[float], verdict: bool | None
+) -> None:
+    assert paired(own, other).at_least(0) is verdict

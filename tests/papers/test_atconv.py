@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch.nn import functional
 
@@ -99,15 +98,3 @@ def test_verdicts_follow_the_numbers(tmp_path):
     names = ("routing", "static", "routing-alone", "digits", "constant", "redundancy")
     assert [good[name] for name in names] == [True] * 6
     assert [bad[name] for name in names] == [False] * 6
-
-
-@pytest.mark.parametrize(
-    ("own", "other", "verdict"),
-    [
-        ([1.0, 2.0], [0.0, 0.5], True),
-        ([0.0, 0.5], [1.0, 2.0], False),
-        ([1.0, 0.0], [0.0, 1.0], None),
-    ],
-)
-def test_a_difference_is_decided_where_its_interval_says_so(own, other, verdict):
-    assert paper.decided(paper.paired(own, other)) is verdict

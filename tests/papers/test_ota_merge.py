@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.stats import ttest_rel
 
 from regard.labs.tasks import IGNORED
 from regard.papers import Run
@@ -125,14 +124,6 @@ def test_shuffled_moments_are_less_alike() -> None:
 def test_only_power_one_is_the_least_point() -> None:
     gaps = runs.quadratic_gaps(0)
     assert gaps["power 1"] < 1e-10 < 1e-3 < gaps["power 0.5"]
-
-
-def test_the_interval_is_that_of_a_paired_test() -> None:
-    first, second = [3.0, 4.5, 2.0], [1.0, 2.0, 1.5]
-    low, high = runs.interval([a - b for a, b in zip(first, second, strict=True)])
-    expected = ttest_rel(first, second).confidence_interval(0.95)
-    assert (low, high) == pytest.approx((expected.low, expected.high))
-    assert runs.interval([2.0]) == (2.0, 2.0)
 
 
 def invented(**scores: float) -> dict[str, Any]:

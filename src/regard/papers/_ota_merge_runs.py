@@ -406,15 +406,3 @@ def merged_quadratic(experts: Tensor, curvature: Tensor, power: float) -> Tensor
         power=power,
     )
     return merged["w"]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean over seeds; the value itself when there is one."""
-    import numpy as np
-    from scipy import stats
-
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return mean, mean
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
-    return mean - half, mean + half

@@ -14,7 +14,7 @@ and are not measured.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regard.metrics import paired
 from regard.nn import LanguageModel, LanguageModelConfig
@@ -212,7 +212,7 @@ def classification(run: Run) -> None:
     run.record(
         "classification",
         here=round(estimate.mean, 2),
-        interval=interval(estimate),
+        interval=estimate.ends,
         setting=f"digits as 16 tokens and the order of events in 24, read out at the last token; 2 layers of width 32, {steps}"
         f" steps, {len(seeds)} seeds a task",
         note="; ".join(
@@ -272,7 +272,7 @@ def events(run: Run) -> None:
     run.record(
         "events",
         here=round(estimate.mean, 4),
-        interval=interval(estimate),
+        interval=estimate.ends,
         setting=f"a Hawkes process with 3 marks, 48 events a row; mixtures of 16, 2 layers of width 32, {steps} steps,"
         f" {len(seeds)} seeds",
         note=f"aaren {mean(found['aaren']):.3f}, Transformer {mean(found['softmax']):.3f}, the process itself {truth:.3f}"
@@ -308,11 +308,6 @@ def recall(run: Run) -> None:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def interval(estimate: Any) -> tuple[float, float] | None:
-    """The ends of an estimate that has any."""
-    return None if estimate.n < 2 else (round(estimate.low, 4), round(estimate.high, 4))
 
 
 def draw_streaming(

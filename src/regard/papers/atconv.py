@@ -18,7 +18,7 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from regard.metrics.bootstrap import Estimate, paired
+from regard.metrics.bootstrap import paired
 from regard.papers import Claim, Paper, Run
 from regard.papers import _atconv_runs as runs
 from regard.papers._atconv_runs import MIXERS
@@ -201,13 +201,6 @@ def digits(run: Run) -> None:
     run.figure("kernels", draw_kernels(found["ATConv"]))
 
 
-def decided(gain: Estimate) -> bool | None:
-    """Whether a difference is at or above 0, where its interval says so."""
-    if math.isnan(gain.low) or gain.low < 0 <= gain.high:
-        return None
-    return gain.low >= 0
-
-
 def record_digits(run: Run, found: dict[str, list[dict[str, Any]]], epochs: int) -> None:
     points = {name: [one["accuracy"] for one in results] for name, results in found.items()}
     means = ", ".join(
@@ -228,7 +221,7 @@ def record_digits(run: Run, found: dict[str, list[dict[str, Any]]], epochs: int)
             claim,
             here=round(gain.mean, 2),
             interval=None if alone else (round(gain.low, 2), round(gain.high, 2)),
-            holds=decided(gain),
+            holds=gain.at_least(0),
             setting="AttNet of depths 2, 2 and widths 32, 64 on 16x16 digits,"
             f" 400 images, {epochs} epochs, {len(points[name])} seed(s)",
             note=f"held-out accuracy in percent, mean (range): {means}; interval over few seeds, so too narrow",

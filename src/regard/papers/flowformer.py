@@ -198,7 +198,7 @@ def classification(run: Run) -> None:
     run.record(
         "classification",
         here=round(estimate.mean, 2),
-        interval=interval(estimate),
+        interval=estimate.ends,
         setting=setting,
         note=every,
     )
@@ -212,7 +212,7 @@ def classification(run: Run) -> None:
         run.record(
             claim,
             here=round(estimate.mean, 2),
-            interval=interval(estimate),
+            interval=estimate.ends,
             holds=estimate.low > 0 if run.scale == "full" else estimate.mean > 0,
             setting=setting,
             note=", ".join(f"{task} {points:+.1f}" for task, points in by_task.items())
@@ -241,12 +241,12 @@ def text(run: Run) -> None:
     every = ", ".join(f"{name} {mean(values):.3f}" for name, values in bits.items()) + " bits"
     softmax, linear = paired(bits["flow"], bits["softmax"]), paired(bits["linear"], bits["flow"])
     run.record(
-        "text", here=round(softmax.mean, 4), interval=interval(softmax), setting=where, note=every
+        "text", here=round(softmax.mean, 4), interval=softmax.ends, setting=where, note=every
     )
     run.record(
         "text-linear",
         here=round(linear.mean, 4),
-        interval=interval(linear),
+        interval=linear.ends,
         holds=linear.low > 0 if run.scale == "full" else linear.mean > 0,
         setting=where,
         note="by seed: "
@@ -313,11 +313,6 @@ def cost(run: Run) -> None:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def interval(estimate: Any) -> tuple[float, float] | None:
-    """The ends of an estimate that has any."""
-    return None if estimate.n < 2 else (round(estimate.low, 4), round(estimate.high, 4))
 
 
 def draw_classification(found: dict[tuple[str, str], list[float]], names: list[str]) -> Figure:

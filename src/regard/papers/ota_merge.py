@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from regard.metrics.bootstrap import student
 from regard.papers import Claim, Paper, Run
 from regard.papers._ota_merge_runs import (
     GRID,
     KINDS,
     MATRICES,
     Size,
-    interval,
     measure,
     quadratic_gaps,
     tasks,
@@ -216,14 +216,14 @@ def record_grafts(run: Run, found: list[dict[str, Any]], where: str) -> None:
     random = all(curves["random"][place] < curves["size"][place] for place in at.values())
     above = [value > 0 for value in mean.values()]
     holds = True if all(above) and random else False if not any(above) else None
-    low = {density: interval(values) for density, values in gains.items()}
+    spread = {density: student(values) for density, values in gains.items()}
     run.record(
         "graft",
         here={density: round(value, 1) for density, value in mean.items()},
         holds=holds,
         setting=where,
         note="Student's 95 % intervals over seeds "
-        + ", ".join(f"{d}: {a:.1f} to {b:.1f}" for d, (a, b) in low.items())
+        + ", ".join(f"{d}: {one.low:.1f} to {one.high:.1f}" for d, one in spread.items())
         + "; exact match of experts on their own tasks at "
         + "; ".join(
             f"{density}: " + ", ".join(f"{kind} {curves[kind][place]:.1f}" for kind in KINDS)
@@ -252,12 +252,6 @@ def averages(found: list[dict[str, Any]]) -> dict[str, list[float]]:
     }
 
 
-def settled(points: list[float], bound: float | int) -> bool | None:
-    """Whether the mean over seeds is at least the bound; None where its interval holds both."""
-    low, high = interval(points)
-    return True if low >= bound else False if high < bound else None
-
-
 def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
     every = averages(found)
     mean = {name: sum(values) / len(values) for name, values in every.items()}
@@ -282,8 +276,8 @@ def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
     run.record(
         "merge",
         here=told(gains),
-        interval=interval(gains),
-        holds=settled(gains, 2) if learnt > 0 else None,
+        interval=student(gains).ends,
+        holds=student(gains).at_least(2) if learnt > 0 else None,
         setting=where,
         note=f"{paired}; exact match in percent: {table}; densities of the experts by seed {densities};"
         f" each expert is at least {learnt:.1f} points above the base on its task",
@@ -293,14 +287,14 @@ def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
     run.record(
         "best",
         here=told(against),
-        interval=interval(against),
-        holds=settled(against, 0),
+        interval=student(against).ends,
+        holds=student(against).at_least(0),
         setting=where,
         note=f"{paired}; the best is {rival} with {mean[rival]:.1f}; OTA + FFG {mean[BEST]:.1f},"
         f" plain Fisher {mean['Fisher']:.1f}, FFG + TIES {mean['FFG + TIES']:.1f}",
     )
     whole, part = told(gains), told(gain("FFG + linear", "linear"))
-    shared = whole > 0 and settled(gains, 0) is True
+    shared = whole > 0 and student(gains).at_least(0) is True
     run.record(
         "driver",
         here=round(part / whole, 2) if whole > 0 else part,
@@ -310,12 +304,12 @@ def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
         + ("" if shared else "; a gain whose interval holds 0 has no shares to compare"),
     )
     alone = gain("OTA", "linear")
-    low, high = interval(alone)
+    near = student(alone)
     run.record(
         "alone",
         here=told(alone),
-        interval=interval(alone),
-        holds=True if low >= -2 and high <= 2 else False if low > 2 or high < -2 else None,
+        interval=near.ends,
+        holds=near.at_least(-2) if near.high <= 2 else False if near.low > 2 else None,
         setting=where,
         note=paired,
     )
@@ -323,8 +317,8 @@ def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
     run.record(
         "rank-one",
         here=told(small),
-        interval=interval(small),
-        holds=settled(small, -2),
+        interval=student(small).ends,
+        holds=student(small).at_least(-2),
         setting=where,
         note=f"{paired}; the graft and the weights are both of compressed moments",
     )
@@ -332,7 +326,7 @@ def record_merges(run: Run, found: list[dict[str, Any]], where: str) -> None:
     run.record(
         "together",
         here=told(joint),
-        interval=interval(joint),
+        interval=student(joint).ends,
         setting=where,
         note=f"{paired}; the one model takes as many steps as the three experts together",
     )
@@ -380,7 +374,7 @@ def record_masks(run: Run, found: list[dict[str, Any]], where: str) -> None:
     run.record(
         "curvature",
         here={name: round(value, 3) for name, value in shared.items()},
-        interval=interval(cosines),
+        interval=student(cosines).ends,
         holds=shared["cosine"] > 0.7 and shared["cosine"] > shared["cosine, shuffled"],
         setting=where,
         note="Student's 95 % interval of the cosine over seeds; ranks are Spearman's correlation; shuffled within each tensor,"
