@@ -64,6 +64,19 @@ class EvidenceError(RegardError, ValueError):
     """A paper's experiment that recorded something its evidence file cannot hold."""
 
 
+def at_least_one(**sizes: int) -> None:
+    """Raises InputError for the first of these sizes that is below 1, by its name.
+
+    >>> at_least_one(width=8, chunk=0)
+    Traceback (most recent call last):
+    ...
+    regard._errors.InputError: chunk must be 1 or more, got 0
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise InputError.of(name, given=value, expected="1 or more")
+
+
 def nearest(given: str, known: Iterable[str], *, most: int = 3) -> str:
     """``did you mean a, b?`` for a misspelt name, or an empty string when nothing is close.
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import Projections
 from regard.ops.attention_scan import Attended, attention_scan
@@ -43,8 +43,7 @@ class Aaren(Projections, Mixer):
 
     def __init__(self, width: int, heads: int, *, block: int = 64) -> None:
         super().__init__(width, heads)
-        if block < 1:
-            raise InputError.of("block", given=block, expected="1 or more")
+        at_least_one(block=block)
         self.block = block
         self.query = nn.Parameter(torch.randn(width))
 

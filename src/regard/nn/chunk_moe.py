@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn._row_chunks import RowChunks
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import check_heads
@@ -67,9 +67,7 @@ class ChunkMoE(Mixer):
     ) -> None:
         super().__init__()
         check_heads(width, heads)
-        for name, value in {"chunk": chunk, "experts": experts, "inner": inner}.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(chunk=chunk, experts=experts, inner=inner)
         if not 1 <= active <= experts:
             raise InputError.of("active", given=active, expected=f"within 1 .. {experts} experts")
         if not temperature > 0:

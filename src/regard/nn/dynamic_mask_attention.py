@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.attach.modules import HookedAttention
 from regard.attach.session import dispatch
 from regard.engine import AttentionCall, blockwise
@@ -73,8 +73,7 @@ class DynamicMaskAttention(Projections, Mixer, HookedAttention):
         local: int = 0,
     ) -> None:
         super().__init__(width, heads, kv_heads=kv_heads, even=True)
-        if window < 1:
-            raise InputError.of("window", given=window, expected="1 or more")
+        at_least_one(window=window)
         if local < 0:
             raise InputError.of("local", given=local, expected="0 or more")
         self.window, self.local = window, local

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import Projections
 from regard.ops.flow_attention import FlowState, causal_flow_attention, flow_attention
@@ -43,8 +43,7 @@ class FlowAttention(Projections, Mixer):
         self, width: int, heads: int, *, clip: Sequence[float] | None = (-1.0, 1.0), chunk: int = 64
     ) -> None:
         super().__init__(width, heads, bias=True)
-        if chunk < 1:
-            raise InputError.of("chunk", given=chunk, expected="1 or more")
+        at_least_one(chunk=chunk)
         self.chunk = chunk
         self.clip = None if clip is None else (float(clip[0]), float(clip[1]))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn.feed_forward import SwiGLU
 from regard.nn.mixer import Mixer
 from regard.nn.mixers import make_mixer
@@ -59,15 +59,12 @@ class LanguageModelConfig(PretrainedConfig):
         max_position_embeddings: int = 2048,
         **rest: Any,
     ) -> None:
-        sizes = {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+        )
         if not mixers or isinstance(mixers, str):
             raise InputError.of("mixers", given=mixers, expected="a list of one or more names")
         self.vocab_size = vocab_size

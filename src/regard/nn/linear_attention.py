@@ -10,7 +10,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import Projections
 from regard.ops.linear_attention import LinearState, causal_linear_attention
@@ -37,8 +37,7 @@ class LinearAttention(Projections, Mixer):
 
     def __init__(self, width: int, heads: int, *, chunk: int = 64) -> None:
         super().__init__(width, heads)
-        if chunk < 1:
-            raise InputError.of("chunk", given=chunk, expected="1 or more")
+        at_least_one(chunk=chunk)
         self.chunk = chunk
 
     def forward(

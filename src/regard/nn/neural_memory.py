@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize, silu
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import check_heads, merge_heads, split_heads
 from regard.ops._slots import lay_out
@@ -69,14 +69,7 @@ class FastWeightMemory(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(width, heads)
-        for name, value in {
-            "depth": depth,
-            "expansion": expansion,
-            "chunk": chunk,
-            "kernel": kernel,
-        }.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(depth=depth, expansion=expansion, chunk=chunk, kernel=kernel)
         if largest_step <= 0:
             raise InputError.of("largest_step", given=largest_step, expected="above 0")
         self.heads, self.chunk, self.largest_step, self.clip = heads, chunk, largest_step, clip

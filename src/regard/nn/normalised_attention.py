@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import Projections
 from regard.ops.linear_attention import causal_product, wide
@@ -62,8 +62,7 @@ class NormalisedAttention(Projections, Mixer):
         chunk: int = 64,
     ) -> None:
         super().__init__(width, heads, state_size=state_size)
-        if chunk < 1:
-            raise InputError.of("chunk", given=chunk, expected="1 or more")
+        at_least_one(chunk=chunk)
         if normaliser not in NORMALISERS:
             raise InputError.unknown("normaliser", given=normaliser, known=NORMALISERS)
         self.normaliser, self.chunk = normaliser, chunk

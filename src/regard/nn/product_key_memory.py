@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import check_heads
 from regard.ops.linear_attention import wide
@@ -64,9 +64,7 @@ class ProductKeyMemory(Mixer):
     ) -> None:
         super().__init__()
         check_heads(width, heads)
-        for name, value in {"keys": keys, "half": half, "value_width": value_width}.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(keys=keys, half=half, value_width=value_width)
         if not 1 <= half_k <= keys:
             raise InputError.of("half_k", given=half_k, expected=f"within 1 .. {keys} keys")
         if picked is not None and not 1 <= picked <= half_k**2:

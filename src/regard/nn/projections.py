@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 
 
 class Projections(nn.Module):
@@ -40,8 +40,7 @@ class Projections(nn.Module):
             raise InputError.of("kv_heads", given=kv_heads, expected=f"a divisor of {heads} heads")
         dim = width // heads
         state_size = dim if state_size is None else state_size
-        if state_size < 1:
-            raise InputError.of("state_size", given=state_size, expected="1 or more")
+        at_least_one(state_size=state_size)
         self.heads, self.kv_heads, self.state_size = heads, kv_heads, state_size
         self.q_proj = nn.Linear(width, heads * state_size, bias=bias)
         self.k_proj = nn.Linear(width, kv_heads * state_size, bias=bias)

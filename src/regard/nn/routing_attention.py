@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.attach.modules import HookedAttention
 from regard.nn._visible import causal_rule
 from regard.nn.mixer import Mixer, State
@@ -28,7 +28,6 @@ from regard.nn.softmax_attention import remember
 from regard.ops.kmeans_routing import (
     ClusterMemory,
     balanced_topk_routing,
-    check_window,
     cluster_scores,
     kmeans_ema_statistics,
     nearest_centroid,
@@ -89,8 +88,7 @@ class RoutingAttention(Mixer, HookedAttention):
         local_heads = heads // 2 if local_heads is None else local_heads
         if not 0 <= local_heads < heads:
             raise InputError.of("local_heads", given=local_heads, expected=f"0 to {heads - 1}")
-        if clusters < 1:
-            raise InputError.of("clusters", given=clusters, expected="1 or more")
+        at_least_one(clusters=clusters)
         self.heads, self.local_heads, self.clusters, self.window = (
             heads,
             local_heads,
@@ -98,8 +96,7 @@ class RoutingAttention(Mixer, HookedAttention):
             window,
         )
         self.local_window = window if local_window is None else local_window
-        check_window(window)
-        check_window(self.local_window)
+        at_least_one(window=window, local_window=self.local_window)
         dim = width // heads
         self.decay, self.commitment = decay, commitment
         self.scale = dim**-0.5 if scale is None else scale

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.attach import attach
 from regard.engine import AttentionCall, Method
 
@@ -84,8 +84,7 @@ class TemporalHeads(Method):
     """
 
     def __init__(self, frames: int, offsets: Mapping[int, int]) -> None:
-        if frames < 1:
-            raise InputError.of("frames", given=frames, expected="1 or more")
+        at_least_one(frames=frames)
         self.frames, self.offsets = frames, dict(offsets)
 
     def before(self, call: AttentionCall) -> AttentionCall | None:

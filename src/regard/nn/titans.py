@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.attach.modules import HookedAttention
 from regard.engine import DeferredMask
 from regard.nn._visible import window_mask
@@ -174,8 +174,7 @@ class MemoryAsContext(Mixer, HookedAttention):
     ) -> None:
         super().__init__()
         check_heads(width, heads, even=True)
-        if segment < 1:
-            raise InputError.of("segment", given=segment, expected="1 or more")
+        at_least_one(segment=segment)
         self.heads, self.segment = heads, segment
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
@@ -302,8 +301,7 @@ class WindowAttention(HookedAttention):
     def __init__(self, width: int, heads: int, *, window: int, prefix: int = 0) -> None:
         super().__init__()
         check_heads(width, heads, even=True)
-        if window < 1:
-            raise InputError.of("window", given=window, expected="1 or more")
+        at_least_one(window=window)
         self.heads, self.window, self.prefix = heads, window, prefix
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.nn._row_chunks import RowChunks
 from regard.nn.mixer import Mixer, State
 from regard.nn.projections import check_heads
@@ -56,9 +56,7 @@ class WorkspaceMemory(Mixer):
     ) -> None:
         super().__init__()
         check_heads(width, heads)
-        for name, value in {"slots": slots, "rank": rank, "chunk": chunk}.items():
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(slots=slots, rank=rank, chunk=chunk)
         if not 1 <= active <= slots:
             raise InputError.of("active", given=active, expected=f"within 1 .. {slots} slots")
         self.active, self.chunk = active, chunk

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 
 
 class Attended(NamedTuple):
@@ -107,8 +107,7 @@ def attention_scan(
             f"value must be scores' shape and a dimension, with 1 or more tokens, got {tuple(scores.shape)} and"
             f" {tuple(value.shape)}"
         )
-    if block < 1:
-        raise InputError.of("block", given=block, expected="1 or more")
+    at_least_one(block=block)
     block = min(block, tokens)
     inside = _inside(scores, value.to(scores.dtype), block)
     ends = Attended(inside.maximum[..., -1], inside.total[..., -1], inside.weighted[..., -1, :])

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.ops.linear_attention import check_sequences
 from regard.ops.linear_recurrence import linear_recurrence
 
@@ -49,8 +49,7 @@ def decayed_linear_attention(
     tensor([1.0000, 1.5000, 1.7500])
     """
     check_sequences(key, value, None)
-    if chunk < 1:
-        raise InputError.of("chunk", given=chunk, expected="1 or more")
+    at_least_one(chunk=chunk)
     tokens = query.shape[2]
     chunk = min(chunk, tokens)
     short = -tokens % chunk

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 
 
 def delta_rule(
@@ -51,8 +51,7 @@ def delta_rule(
     >>> delta_rule(key, key, value, torch.ones(1, 1, 3))[1]  # the last value of each key
     tensor([[[[7., 6.]]]])
     """
-    if chunk < 1:
-        raise InputError.of("chunk", given=chunk, expected="1 or more")
+    at_least_one(chunk=chunk)
     batch, heads, tokens, dim = key.shape
     now = key.new_zeros(batch, heads, value.shape[-1], dim) if state is None else state
     chunk = min(chunk, tokens)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import linear, pad, softplus
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 
 
 def value_importance(
@@ -79,8 +79,7 @@ def running_top_k(scores: Float[Tensor, "*rows tokens"], k: int) -> Int[Tensor, 
     >>> running_top_k(torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0]), 2)
     tensor([4, 2, 3, 5, 5])
     """
-    if k < 1:
-        raise InputError.of("k", given=k, expected="1 or more")
+    at_least_one(k=k)
     scores, tokens = scores.detach(), scores.shape[-1]
     place = torch.arange(tokens, device=scores.device)
     index = true_places(_contenders(scores, k))
@@ -227,8 +226,7 @@ def dynamic_mask_attention(
             "queries must be the newest of the keys, and heads a multiple of KV heads: "
             f"got query {tuple(query.shape)}, key {tuple(key.shape)}"
         )
-    if block < 1:
-        raise InputError.of("block", given=block, expected="1 or more")
+    at_least_one(block=block)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     offset, precise = keys - queries, torch.promote_types(query.dtype, torch.float32)
     place = torch.arange(keys, device=query.device).expand_as(ends)

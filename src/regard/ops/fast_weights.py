@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 from regard.ops._slots import lay_out
 
 Factors = list[tuple[Tensor, Tensor]]
@@ -289,8 +289,7 @@ def _check(key: Tensor, value: Tensor, memory: FastWeights, chunk: int, clip: fl
         raise InputError(
             f"layers must lead from keys of {key.shape[-1]} to values of {value.shape[-1]}, got weights [out, in] {shapes}"
         )
-    if chunk < 1:
-        raise InputError.of("chunk", given=chunk, expected="1 or more")
+    at_least_one(chunk=chunk)
     if int(memory.count.max()) >= chunk:
         raise InputError.of(
             "chunk", given=chunk, expected=f"above the {int(memory.count.max())} tokens begun"

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.ops.dynamic_mask import running_top_k, true_places
 
 
@@ -43,7 +43,7 @@ def balanced_topk_routing(
     tensor([[0, 2],
             [1, 2]])
     """
-    check_window(window)
+    at_least_one(window=window)
     tokens = scores.shape[-1]
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
@@ -270,12 +270,6 @@ def take(
     return states.gather(2, place.expand(*place.shape[:3], states.shape[3])).unflatten(
         2, index.shape[2:]
     )
-
-
-def check_window(window: int) -> None:
-    """Raises InputError for a window below 1."""
-    if window < 1:
-        raise InputError.of("window", given=window, expected="1 or more")
 
 
 def _keep(pool: ClusterMemory, kept: Tensor) -> ClusterMemory:

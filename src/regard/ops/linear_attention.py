@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 
 
 class LinearState(NamedTuple):
@@ -102,8 +102,7 @@ def causal_product(
     Raises:
         InputError: a chunk below 1.
     """
-    if chunk < 1:
-        raise InputError.of("chunk", given=chunk, expected="1 or more")
+    at_least_one(chunk=chunk)
     tokens = query.shape[2]
     chunk = min(chunk, tokens)
     query, key, value = (_in_chunks(part, chunk) for part in (query, key, value))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from regard._errors import InputError
+from regard._errors import at_least_one
 from regard.sparse.pattern import Pattern
 from regard.sparse.sliding import check_window
 
@@ -30,8 +30,7 @@ class Strided(Pattern):
     ) -> None:
         super().__init__(block=block, **where)
         self.window, self.sinks = check_window(window, sinks)
-        if stride < 1:
-            raise InputError.of("stride", given=stride, expected="1 or more")
+        at_least_one(stride=stride)
         self.stride = stride
 
     def blocks(self, query: int, count: int) -> Iterator[int]:

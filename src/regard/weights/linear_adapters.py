@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._errors import InputError
+from regard._errors import InputError, at_least_one
 
 
 class AdapterPoint(NamedTuple):
@@ -71,8 +71,7 @@ class LinearAdapter(nn.Module):
     ) -> None:
         super().__init__()
         rank = max(1, width // 4) if rank is None else rank
-        if rank < 1:
-            raise InputError.of("rank", given=rank, expected="1 or more")
+        at_least_one(rank=rank)
         self.scale = scale
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
         self.dropout = nn.Dropout(dropout)

@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard._errors import AttachError, InputError
+from regard._errors import AttachError, InputError, at_least_one
 from regard.attach import anatomy
 from regard.engine import Block, Method, State
 from regard.ops.graph_attention import (
@@ -114,9 +114,7 @@ class SparseGIN(nn.Module, Method):
     ) -> None:
         super().__init__()
         hidden = max(1, round(width * 155 / 3072)) if hidden is None else hidden
-        for name, value in (("layers", layers), ("width", width), ("hidden", hidden)):
-            if value < 1:
-                raise InputError.of(name, given=value, expected="1 or more")
+        at_least_one(layers=layers, width=width, hidden=hidden)
         check_graph(threshold, steepness, keep)
         self.threshold, self.steepness, self.keep = threshold, steepness, keep
         starts = torch.linspace(float(scale[0]), float(scale[1]), layers).tolist()
