@@ -55,7 +55,7 @@ def selective_scan(
 
     >>> ones = torch.ones(1, 3, 1)
     >>> outputs, state = selective_scan(ones, ones, -torch.ones(1, 1), ones, ones)  # 1, then 1 + 1/e, ...
-    >>> outputs.flatten().round(decimals=3).tolist(), state.shape
+    >>> [round(y, 3) for y in outputs.flatten().tolist()], state.shape
     ([1.0, 1.368, 1.503], torch.Size([1, 1, 1]))
     """
     batch, tokens, channels = inputs.shape
