@@ -13,7 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.engine.call import AttentionCall, Site
-from regard.engine.masks import Window
+from regard.engine.masks import CausalMask, Window
+
+FAINT = 1e-20
+"""Weights below this are too near the smallest number to take the logarithm of."""
 
 
 class Block:
@@ -106,28 +109,41 @@ class Block:
     def counts(self) -> Float[Tensor, "batch rows"]:
         """How many keys each query sees (`[1, rows]` when it is the same for the whole batch)."""
         window, hidden = self.window, self.window.hidden
+        if self._causal is not None:
+            return (self.rows + (self._causal.offset + 1)).clamp(max=window.hi).float()[None]
         if hidden is None:
             width = float(window.hi - window.lo)
             return torch.full((1, len(self.rows)), width, device=self.rows.device)
         return ((~hidden).sum(-1) + (window.edge - window.lo)).float().amax(1)
 
     @cached_property
+    def _causal(self) -> CausalMask | None:
+        """The mask where each row sees every key up to its own position and no more, in every sequence."""
+        return self.call.mask if isinstance(self.call.mask, CausalMask) else None
+
+    @cached_property
     def first_key(self) -> Tensor:
         """`[batch|1, rows]`: the first key slot each query sees (0 without padding, packing or windows)."""
-        if self.visible is None or self.window.edge > self.window.lo:
+        if self._causal is not None or self.window.edge > self.window.lo or self.visible is None:
             return torch.full((1, len(self.rows)), self.window.lo, device=self.rows.device)
         return self.visible.any(1).to(torch.uint8).argmax(-1) + self.window.lo
 
     @cached_property
     def logsumexp(self) -> Float[Tensor, "batch heads rows"]:
         """Log of the softmax denominator over the visible keys (a learned sink left out), exact to rounding."""
-        if self.plain:
-            return self._top - self.weights.amax(-1).log()
-        return torch.logsumexp(self.scores, -1)
-
-    @cached_property
-    def _top(self) -> Tensor:
-        return self.scores.amax(-1)
+        if not self.plain:
+            return torch.logsumexp(self.scores, -1)
+        # score - ln(weight) is the same for every visible key: the first key or the query's own will mostly do
+        own = (self.positions - self.window.lo).clamp(0, self.weights.shape[-1] - 1)
+        own = own[:, None].expand(*self.weights.shape[:-1], 1)
+        score, weight = (
+            torch.stack([table[..., 0], table.gather(-1, own)[..., 0]])
+            for table in (self.scores, self.weights)
+        )
+        weight, at = weight.max(0)
+        if bool((weight < FAINT).any()):
+            return self.scores.amax(-1) - self.weights.amax(-1).log()
+        return score.gather(0, at[None])[0] - weight.log()
 
     @cached_property
     def entropy(self) -> Float[Tensor, "batch heads rows"]:
@@ -199,9 +215,14 @@ class Block:
         """What a row's weights sum to: 1.0 for an ordinary softmax, less with learned sinks or replaced weights."""
         return 1.0 if self.plain else self.weights.sum(-1)
 
+    @cached_property
     def seen(self) -> Float[Tensor, "batch keys"]:
         """How many valid rows of this block see each key of the range (`[1, keys]` when it is the same for the batch)."""
         window, hidden, valid = self.window, self.window.hidden, self.valid
+        if self._causal is not None and self.contiguous and valid is None:
+            first, device = self._first + self._causal.offset, self.rows.device
+            keys = torch.arange(window.lo, window.hi, device=device, dtype=torch.float32)
+            return (first + len(self.rows) - keys.clamp_min(first))[None]
         rows = torch.full((1, 1), float(len(self.rows)), device=self.rows.device)
         if valid is not None:
             rows = valid.sum(-1, keepdim=True).float()

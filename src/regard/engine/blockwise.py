@@ -23,7 +23,7 @@ from regard.engine.method import Method, reading
 
 PADDING = 512
 SAMPLED_BLOCKS = 8
-BLOCK_NUMBERS = 2_400_000
+BLOCK_NUMBERS = 3_600_000
 """Numbers in one block of scores: small enough for the processor's cache, large enough for efficient products."""
 
 

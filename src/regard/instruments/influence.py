@@ -8,12 +8,23 @@ window, padding) are not in T(s).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from regard._errors import InputError
 from regard.engine import Block, CausalMask
 from regard.instruments.base import SeriesInstrument, TokenMeasure, slots_before
+
+
+@lru_cache(maxsize=16)
+def _triangle(
+    rows: int, keys: int, diagonal: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`[rows, keys]`: 1 where `row - key >= diagonal`."""
+    with torch.inference_mode(False):
+        return torch.ones(rows, keys, dtype=dtype, device=device).tril_(-diagonal)
 
 
 class FutureInfluence(SeriesInstrument):
@@ -67,27 +78,37 @@ class FutureInfluence(SeriesInstrument):
             band = max(low, first - self.hi)
         if band >= high:
             return
+        pairs = self._pairs(block, band, high, start)
+        into = slice(band + before, high + before)
+        weights = block.weights[..., band - low : high - low]
+        sums[..., into] += (weights * pairs[:, None]).sum(-2) * block.share
+        counts[..., into] += pairs.sum(1, keepdim=True) * block.share
+
+    def _pairs(self, block: Block, band: int, high: int, start: int) -> Tensor:
+        """`[batch|1, rows, high - band]`: 1 where the query is in T(s) of the key."""
+        simple = block.valid is None and isinstance(block.call.mask, CausalMask)
+        first = int(block.positions[0])
+        if simple and block.contiguous and self.hi is None and first >= start:
+            shape = (len(block.rows), high - band, band - first + self.lo)
+            return _triangle(*shape, block.weights.dtype, block.rows.device)[None]
         keys = torch.arange(band, high, device=block.rows.device)
         apart = block.positions[:, None] - keys[None, :]
         pairs = ((apart >= self.lo) & (block.positions >= start)[:, None])[None]
         if self.hi is not None:
             pairs = pairs & (apart <= self.hi)
         if block.visible is not None and not isinstance(block.call.mask, CausalMask):
+            low = block.window.lo
             pairs = pairs & block.visible[..., band - low : high - low].any(1)
         if block.valid is not None:
             pairs = pairs & block.valid[:, :, None]
-        pairs = pairs.to(block.weights.dtype)
-        into = slice(band + before, high + before)
-        weights = block.weights[..., band - low : high - low]
-        sums[..., into] += (weights * pairs[:, None]).sum(-2) * block.share
-        counts[..., into] += pairs.sum(1, keepdim=True) * block.share
+        return pairs.to(block.weights.dtype)
 
     @staticmethod
     def _rows(block: Block, band: int) -> Tensor:
         """How many rows of the block see each of the keys up to `band`, `[batch|1, 1|keys]`."""
         if band <= block.window.edge and block.valid is None:
             return torch.full((1, 1), float(len(block.rows)), device=block.rows.device)
-        return block.seen()[:, : band - block.window.lo]
+        return block.seen[:, : band - block.window.lo]
 
     def compute(self) -> TokenMeasure:
         values = {}

@@ -6,6 +6,8 @@ sums to 1 like a row of the map. Memory O(heads x bins^2), whatever the text's l
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from regard.coordinates import Head
+
+
+@lru_cache(maxsize=16)
+def _edges(bins: int, keys: int, device: torch.device) -> Tensor:
+    """`[bins + 1]`: where each bin of keys begins; key k lies in bin `k * bins // keys`."""
+    return (torch.arange(bins + 1, device=device) * keys + bins - 1) // bins
 
 
 class PooledMaps(Instrument):
@@ -55,28 +63,38 @@ class PooledMaps(Instrument):
         keys = call.keys  # of a preallocated cache, only the slots in use
         if block.site.causal and block.site.kind == "self":
             keys = min(keys, call.queries + call.query_offset)
-        edges = torch.arange(self.bins + 1, device=block.rows.device) * keys
-        edges = (edges + self.bins - 1) // self.bins  # key k lies in bin k * bins // keys
+        edges = _edges(self.bins, keys, block.rows.device)
         inside = edges.clamp(block.window.lo, block.window.hi) - block.window.lo
         bins = (
             block.positions * self.bins // keys
             if block.site.kind == "self"
             else block.rows * self.bins // call.queries
-        )
-        firsts, counts = torch.unique_consecutive(bins, return_counts=True)
-        sums = block.received_by_part(counts.tolist()).sum(1)  # [parts, heads, keys]
-        total = torch.nn.functional.pad(sums.cumsum(-1), (1, 0))
-        shares = (total[..., inside[1:]] - total[..., inside[:-1]]).float()
-        picture = shares.new_zeros(call.heads, self.bins, self.bins)
-        picture[:, firsts] = shares.transpose(0, 1)
-        rows = torch.zeros(self.bins, device=block.rows.device)
+        ).tolist()
+        runs = Counter(bins)  # ascending, as the rows are
+        sums = block.received_by_part(list(runs.values()))
+        sums = sums.sum(1) if sums.shape[1] > 1 else sums[:, 0]  # [parts, heads, keys]
+        total = sums.new_zeros(*sums.shape[:-1], sums.shape[-1] + 1)
+        torch.cumsum(sums, -1, out=total[..., 1:])
+        shares = total[..., inside].diff(dim=-1)
+        picture, rows = self._picture(block)
+        picture[:, list(runs)] += shares.transpose(0, 1)
         if block.valid is None:
-            rows[firsts] = counts.float() * block.weights.shape[0]
+            counts = rows.new_tensor(list(runs.values())) * block.weights.shape[0]
         else:
-            rows.index_add_(0, bins, block.valid.sum(0).float())
-        key = block.site.key
-        self.accumulate("sum", key, picture)
-        self.accumulate("rows", key, rows)
+            parts = block.valid.sum(0).float().split(list(runs.values()))
+            counts = torch.stack([part.sum() for part in parts])
+        rows[list(runs)] += counts
+
+    def _picture(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The running sums of a site: `[heads, bins, bins]` and `[bins]`."""
+        key, sums, rows = block.site.key, self.state["sum"], self.state["rows"]
+        if key not in sums:
+            shape, device = (block.call.heads, self.bins, self.bins), block.rows.device
+            sums[key] = torch.zeros(shape, device=device)
+            rows[key] = torch.zeros(self.bins, device=device)
+        elif sums[key].is_inference() and not torch.is_inference_mode_enabled():
+            sums[key], rows[key] = sums[key].clone(), rows[key].clone()
+        return sums[key], rows[key]
 
     def compute(self) -> dict[tuple[str, int], Tensor]:
         return {

@@ -155,7 +155,7 @@ class Sinks(SeriesInstrument):
         received = self.series("received", block, block.call.keys + before)
         seen = self.series("seen", block, block.call.keys + before, heads=1)
         received[..., keys] += block.received() * block.share
-        seen[..., keys] += block.seen()[:, None] * block.share
+        seen[..., keys] += block.seen[:, None] * block.share
 
     def compute(self) -> SinkResult:
         values, starts = {}, {}

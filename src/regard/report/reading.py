@@ -49,12 +49,12 @@ def report_instruments() -> list[Instrument]:
     return [
         PooledMaps(BLOCKS),
         Entropy(),
+        PatternProfile(),  # before WAAD, which reads some of the same diagonals
         Distance(),
         WAAD(),
         FutureInfluence(),
         SinkMass(),
         Sinks(),
-        PatternProfile(),
         ValueDrain(),
         HeadOutputNorms(),
         ResidualPeaks(),
