@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -124,6 +125,13 @@ def site_of(state: State) -> int | None:
     return {"embed": 0, "block": state.layer + 1}.get(state.part)
 
 
+def _median(values: Tensor) -> float:
+    """The lower median of all entries (`Tensor.median` takes many times as long)."""
+    flat = values.flatten().cpu().numpy()
+    middle = (len(flat) - 1) // 2
+    return float(np.partition(flat, middle)[middle])
+
+
 class ResidualPeaks(Instrument):
     """Peaks, medians, norms and massive activations of the residual stream at every site.
 
@@ -179,17 +187,17 @@ class ResidualPeaks(Instrument):
 
     def _look(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of one sequence `[tokens, dim]`: its record, and its massive entries as rows of token, dimension, value."""
-        tokens, dim = hidden.shape
+        tokens = len(hidden)
         size = hidden.abs()
-        place = int(size.argmax())
-        token, dimension = divmod(place, dim)
+        token = int(size.amax(-1).argmax())  # first the row: a search of the whole is 30 times slower
+        dimension = int(size[token].argmax())
         norms = hidden.norm(dim=-1)
         step = 1 if self.tokens is None else max(1, -(-tokens // self.tokens))
-        median = size[::step].median()
+        median = _median(size[::step])
         others = norms[1:].median() if tokens > 1 else norms.new_full((), float("nan"))
         numbers = [float(hidden[token, dimension]), token, dimension, median, norms[0], others]
         record = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
-        least = max(self.ratio * float(median), self.floor)
+        least = max(self.ratio * median, self.floor)
         if not (
             float(size[token, dimension]) >= least and float(size[token, dimension]) > self.floor
         ):
