@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
@@ -217,3 +218,8 @@ def is_transformers(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) or any(
         isinstance(m, PreTrainedModel) for m in model.modules()
     )
+
+
+def only_appends(cache: object) -> bool:
+    """Whether a cache keeps every key as it was and puts new ones behind: transformers' own growing cache."""
+    return type(cache) is DynamicCache and all(type(one) is DynamicLayer for one in cache.layers)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from regard._errors import AttachError, InputError
 from regard.attach import compat
 from regard.attach.anatomy import CROSS, BlockParts, Stack, anatomy
+from regard.attach.cache_names import given_cache
 from regard.attach.stream import StreamHooks
-from regard.engine import AttentionCall, Method, Pipeline, Site, Workspace, attend
+from regard.engine import AttentionCall, LateReader, Method, Pipeline, Site, Workspace, attend
 
 _SESSIONS: WeakKeyDictionary[nn.Module, list[Session]] = WeakKeyDictionary()
 _ORIGINALS: dict[int, tuple[Any, Any, int]] = {}
@@ -91,6 +92,8 @@ class Session:
         self._handles: list[Any] = []
         self._started: list[Method] = []
         self._masks: dict[str, Tensor] = {}
+        self._late = LateReader(self.pipeline)
+        self._appending = False
         self._calls = 0
         self._open = False
 
@@ -169,9 +172,9 @@ class Session:
             self._masks.clear()
             self._open = False
         errors: list[BaseException] = []
-        for method in reversed(self._started):
+        for end in (self.read_late, *(method.stop for method in reversed(self._started))):
             try:
-                method.stop()
+                end()
             except BaseException as error:
                 errors.append(error)
         self._started.clear()
@@ -179,6 +182,21 @@ class Session:
             workspace().clear()
         if errors:
             raise errors[0]
+
+    def read_late(self) -> None:
+        """Shows the methods what they have not yet seen: decode steps are read many at a time (`regard.engine.late`)."""
+        self._late.flush()
+
+    def attend(self, call: AttentionCall, buffers: Workspace | None) -> Tensor:
+        """Runs a call through this session's methods."""
+        if self._appending and self._late.takes(call):
+            output = attend(call, self._late.rest, workspace=buffers)
+            self._late.add(call)
+            return output
+        self._late.flush(call.site.key)
+        return attend(
+            call, self.pipeline, fraction=self.rows, generator=self.generator, workspace=buffers
+        )
 
     def _hook_attention(self) -> None:
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -256,6 +274,7 @@ class Session:
             return
         self._calls = 0
         given = arguments_of(module, args, kwargs)
+        self._appending = compat.only_appends(given_cache(given))
         self._masks = {
             name: value
             for name in ("attention_mask", "decoder_attention_mask")
@@ -370,25 +389,25 @@ def dispatch(module: nn.Module, call: AttentionCall) -> Tensor:
     call.site = sites[-1]
     if call.valid is None:
         call.valid = sessions[-1].valid_tokens(call.site.stack, call.query.shape[0], call.queries)
-    if len(sessions) == 1:
-        pipeline, fraction = sessions[0].pipeline, sessions[0].rows
-    else:
+    # a method that runs a model inside its hook finds the buffers in use by the outer call
+    busy = getattr(_LOCAL, "busy", False)
+    buffers = None if busy else workspace()
+    _LOCAL.busy = True
+    try:
+        if len(sessions) == 1:
+            return sessions[0].attend(call, buffers)
+        for session in sessions:
+            session.read_late()
         pipeline = Pipeline([method for session in sessions for method in session.methods])
         reading = {session.rows for session in sessions if session.pipeline.needs_weights}
         if len(reading) > 1:
             raise AttachError(
                 f"nested sessions that read weights must sample the same rows, got rows={sorted(map(str, reading))}"
             )
-        fraction = reading.pop() if reading else None
-    generator = sessions[-1].generator
-    if getattr(_LOCAL, "busy", False):
-        # a method runs a model inside its hook: the buffers hold the outer call's scores
-        return attend(call, pipeline, fraction=fraction, generator=generator)
-    _LOCAL.busy = True
-    try:
-        return attend(call, pipeline, fraction=fraction, generator=generator, workspace=workspace())
+        fraction, generator = reading.pop() if reading else None, sessions[-1].generator
+        return attend(call, pipeline, fraction=fraction, generator=generator, workspace=buffers)
     finally:
-        _LOCAL.busy = False
+        _LOCAL.busy = busy
 
 
 _EMPTY = Pipeline(())

@@ -5,6 +5,7 @@ from regard.engine.block import Block
 from regard.engine.block_sparse import BlockSparseMask
 from regard.engine.blockwise import Workspace
 from regard.engine.call import AttentionCall, Site
+from regard.engine.late import LateReader
 from regard.engine.masks import CausalMask, DeferredMask, FullMask, Mask, TensorMask, as_mask
 from regard.engine.method import Method, Pipeline, State, overrides
 from regard.engine.split import Both, Part, SplitMask
@@ -17,6 +18,7 @@ __all__ = [
     "CausalMask",
     "DeferredMask",
     "FullMask",
+    "LateReader",
     "Mask",
     "Method",
     "Part",

@@ -36,7 +36,12 @@ class State:
 
 
 class Method:
-    """Base of everything that can be attached. Override any hooks; return None to leave things as they are."""
+    """Base of everything that can be attached. Override any hooks; return None to leave things as they are.
+
+    `reads_late` says that `weights` only reads, and may see the rows of a decode step some steps later, many at once.
+    """
+
+    reads_late = False
 
     def start(self, session: Any) -> None:
         """Called when the method is attached to a model."""

@@ -135,6 +135,7 @@ class RowInstrument(Instrument):
     of a short text), the error is right on average over draws, but one draw's band covers less than a normal one.
     """
 
+    reads_late = True
     quantities: ClassVar[dict[str, tuple[str, str]]] = {}
     """name -> (unit, definition)"""
 
@@ -156,6 +157,10 @@ class RowInstrument(Instrument):
         self._late: dict[SiteKey, dict[str, list[tuple[Tensor, Tensor | None]]]] = {}
         self._call: AttentionCall | None = None
         self._share = 1.0
+        self._session: Any = None
+
+    def start(self, session: Any) -> None:
+        self._session = session
 
     def add_rows(self, block: Block, included: Tensor | None = None, **rows: Tensor) -> None:
         """Adds one `[batch, heads, rows]` for each quantity; `included` `[batch|1, rows]` leaves out more than padding.
@@ -192,7 +197,9 @@ class RowInstrument(Instrument):
             self._reduce(key, self._late.pop(key), 1.0)
 
     def flush(self) -> None:
-        """Adds the decode steps that were put aside: single rows are reduced many at a time."""
+        """Adds the decode steps that were put aside: single rows are read and reduced many at a time."""
+        if self._session is not None:
+            self._session.read_late()
         while self._late:
             self._reduce(*self._late.popitem(), 1.0)
 
@@ -223,10 +230,11 @@ class RowInstrument(Instrument):
     def stop(self) -> None:
         self._call, self._pending = None, {}
         self.flush()
+        self._session = None
 
     def reset(self) -> None:
+        self.flush()
         super().reset()
-        self._late = {}
 
     def merge(self, other: Instrument) -> Instrument:
         self.flush()

@@ -90,6 +90,7 @@ class _Repeats(RowInstrument):
     """
 
     _after = 0
+    reads_late = False  # the tokens are known while the step runs
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,10 +99,12 @@ class _Repeats(RowInstrument):
         self._handle: Any = None
 
     def start(self, session: Any) -> None:
+        super().start(session)
         self._tokens, self._targets = {}, {}
         self._handle = session.model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def stop(self) -> None:
+        super().stop()
         if self._handle is not None:
             self._handle.remove()
         self._tokens, self._targets, self._handle = {}, {}, None
