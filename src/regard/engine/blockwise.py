@@ -170,7 +170,7 @@ def attend(
                 replaced = method.weights(block)
             if replaced is None:
                 continue
-            if sampled:
+            if sampled or getattr(method, "reads_only", False):
                 raise ValueError(
                     f"{type(method).__name__} says that it only reads (reads_only = True) but returned other weights; "
                     "set reads_only = False and attach it with rows=None"
