@@ -94,7 +94,7 @@ def test_matrices_decay_and_embeddings_norms_and_biases_do_not():
 def verdicts(tmp_path: Path, accuracy: dict[str, list[float]]) -> dict[str, Any]:
     run = Run(paper.PAPER, scale="quick", work=tmp_path)
     one = {"reordered": 1e-7, "reversed": 1e-7, "merged": 1e-7, "parameters": 10}
-    found = {n: [{**one, "accuracy": a} for a in values] for n, values in accuracy.items()}
+    found = {n: [{**one, "accuracy": float(a)} for a in values] for n, values in accuracy.items()}
     paper.record_accuracy(run, found, TINY, 90.0)
     paper.record_cost(run, found, {"time": 1.05, "multiply-adds": 1.0}, 10)
     return {name: row["holds"] for name, row in run.records.items()}
