@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import regard
 from regard.instruments.norms import HeadOutputNorms, head_factors
 from regard.instruments.outputs import MeanOutput
+from regard.instruments.sinks import SinkMass
 
 
 def llama() -> LlamaForCausalLM:
@@ -117,3 +118,20 @@ def test_the_table_has_all_three():
     with torch.no_grad(), regard.attach(model, norms):
         model(torch.randint(2, 64, (1, 9)))
     assert set(norms.to_frame()["measure"]) == {"output norm", "write norm", "relative write norm"}
+
+
+def test_sampled_rows_give_the_norms_of_those_rows_with_their_error():
+    model, ids = llama(), torch.randint(2, 64, (2, 40))
+    exact, sampled, mass = HeadOutputNorms(), HeadOutputNorms(), SinkMass()
+    with torch.no_grad(), regard.attach(model, exact):
+        model(ids)
+    with torch.no_grad(), regard.attach(model, sampled, mass, rows=1 / 4, seed=3):
+        model(ids)
+    whole, part = exact.compute(), sampled.compute()
+    for name in ("output norm", "write norm"):
+        expected, found = whole[name].matrix(), part[name].matrix()
+        error = part[name].matrix(error=True)
+        assert not torch.equal(found, expected)
+        assert (error > 0).all()
+        assert ((found - expected).abs() < 5 * error).all()
+        assert not whole[name].error

@@ -66,7 +66,7 @@ def attend(
         rows = sample_rows(
             call.queries, fraction, generator or torch.Generator().manual_seed(0), call.query.device
         )
-        call.output = output
+        call.output, call.rows = output, rows
         with torch.no_grad():
             share = call.queries / len(rows)
             blockwise.attend(

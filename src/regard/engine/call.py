@@ -57,6 +57,7 @@ class AttentionCall:
         valid: `[batch, queries]`, False at padding queries; None when there is no padding.
         key_valid: `[batch, keys]`, False at padding keys; None when there is no padding.
         query_offset: the key slot of query 0 (tokens already in the cache).
+        rows: `[rows]`, the query rows that were sampled for reading; None where every row is read.
         output: `[batch, heads, queries, value_dim]` once the call is done.
     """
 
@@ -74,6 +75,7 @@ class AttentionCall:
     key_valid: Bool[Tensor, "batch keys"] | None = None
     query_offset: int = 0
     module: nn.Module | None = None
+    rows: Tensor | None = None
     output: Tensor | None = None
     fused: Callable[[AttentionCall], Tensor] | None = None
 

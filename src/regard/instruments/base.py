@@ -184,28 +184,29 @@ class RowInstrument(Instrument):
         key, done = call.site.key, self._pending
         self._call, self._pending = None, {}
         if call.phase == "prefill":
-            self._reduce(key, done, self._share)
+            self.reduce(key, done, self._share)
             return
         late = self._late.setdefault(key, {})
         for name, parts in done.items():
             held = late.setdefault(name, [])
             if held and held[0][0].shape[:2] != parts[0][0].shape[:2]:
-                self._reduce(key, {name: held}, 1.0)
+                self.reduce(key, {name: held}, 1.0)
                 late[name] = held = []
             held += parts
         if any(len(parts) >= LATE for parts in late.values()):
-            self._reduce(key, self._late.pop(key), 1.0)
+            self.reduce(key, self._late.pop(key), 1.0)
 
     def flush(self) -> None:
         """Adds the decode steps that were put aside: single rows are read and reduced many at a time."""
         if self._session is not None:
             self._session.read_late()
         while self._late:
-            self._reduce(*self._late.popitem(), 1.0)
+            self.reduce(*self._late.popitem(), 1.0)
 
-    def _reduce(
+    def reduce(
         self, key: SiteKey, pending: dict[str, list[tuple[Tensor, Tensor | None]]], share: float
     ) -> None:
+        """Adds rows `[batch, heads, rows]` with their `[batch, rows]` that count (None: all); each stands for `share` rows."""
         for name, parts in pending.items():
             kept = [v if ok is None else torch.where(ok[:, None], v, 0) for v, ok in parts]
             slots = (torch.cat(kept, -1) if len(kept) > 1 else kept[0]).double().sum(0)
@@ -216,12 +217,14 @@ class RowInstrument(Instrument):
             self.accumulate(f"{name}.sum", key, slots.sum(-1) * share)
             self.accumulate(f"{name}.rows", key, weight)
             if share > 1:
-                self._add_spread(name, key, slots, _counts(parts))
+                self._add_spread(name, key, slots, _counts(parts), share)
 
-    def _add_spread(self, name: str, key: SiteKey, slots: Tensor, counts: Tensor) -> None:
+    def _add_spread(
+        self, name: str, key: SiteKey, slots: Tensor, counts: Tensor, share: float
+    ) -> None:
         """Keeps what the variance of `sum over slots - mean x rows` needs; unknown (NaN) when one slot was sampled."""
         number = slots.shape[-1]
-        scale = self._share * (self._share - 1) * number / (number - 1) if number > 1 else math.nan
+        scale = share * (share - 1) * number / (number - 1) if number > 1 else math.nan
         slots, counts = slots - slots.mean(-1, keepdim=True), counts - counts.mean()
         self.accumulate(f"{name}.square", key, scale * slots.square().sum(-1))
         self.accumulate(f"{name}.cross", key, scale * (slots @ counts))

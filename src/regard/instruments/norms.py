@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.engine import AttentionCall
-from regard.instruments.base import HeadMeasure, Instrument, SiteKey
+from regard.instruments.base import HeadMeasure, RowInstrument, SiteKey
 
 BEFORE = "mean over tokens of the norm of the head's output, before the output projection"
 AFTER = "mean over tokens of the norm of what the head adds to the residual stream"
@@ -41,11 +41,12 @@ def projection_weight(module: nn.Module | None) -> Tensor | None:
     return weight.T if hasattr(module, "nf") else weight
 
 
-class HeadOutputNorms(Instrument):
+class HeadOutputNorms(RowInstrument):
     """Mean norm of every head's output, before and after the output projection, and relative to the layer's median head.
 
     Padding tokens are left out. `after` and `relative` are NaN in layers whose output projection is not a plain linear layer over
-    all heads. Keeps the fused kernel; cost: one dim x dim product for each head and token; memory O(heads x dim x dim).
+    all heads. Where rows are sampled for other methods, the norms are those of the same rows. Keeps the fused kernel; cost: one
+    dim x dim product for each head and token read; memory O(heads x dim x dim).
 
     >>> import torch
     >>> from regard.engine import AttentionCall, Pipeline, attend
@@ -55,7 +56,7 @@ class HeadOutputNorms(Instrument):
     2.0
     """
 
-    states = {"before": "sum", "after": "sum", "tokens": "sum"}
+    quantities = {"output norm": ("norm", BEFORE), "write norm": ("norm", AFTER)}
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class HeadOutputNorms(Instrument):
         self._factors: dict[SiteKey, Tensor | None] = {}
 
     def start(self, session: Any) -> None:
+        super().start(session)
         for stack in session.stacks:
             for block in stack.blocks:
                 if block.attention is not None:
@@ -70,25 +72,22 @@ class HeadOutputNorms(Instrument):
                         self._projections[id(module)] = block.output_projection
 
     def stop(self) -> None:
+        super().stop()
         self._projections.clear()
         self._factors.clear()
 
     def heads(self, call: AttentionCall, output: Float[Tensor, "batch heads queries dim"]) -> None:
-        held = output.detach()
+        held, valid = output.detach(), call.valid
+        if call.rows is not None:
+            held = held[:, :, call.rows]
+            valid = None if valid is None else valid[:, call.rows]
         held = held if held.dtype == torch.float64 else held.float()
-        key = call.site.key
-        self.accumulate("before", key, self._total(held.norm(dim=-1), call))
+        norms = {"output norm": [(held.norm(dim=-1), valid)]}
         factors = self._factor(call, held)
         if factors is not None:
             written = torch.matmul(held, factors.mT)  # [batch, heads, queries, rank]
-            self.accumulate("after", key, self._total(written.norm(dim=-1), call))
-        count = held.shape[0] * held.shape[2] if call.valid is None else int(call.valid.sum())
-        self.accumulate("tokens", key, torch.tensor(float(count)))
-
-    def _total(self, norms: Tensor, call: AttentionCall) -> Tensor:
-        if call.valid is not None:
-            norms = torch.where(call.valid[:, None], norms, 0)
-        return norms.double().sum((0, 2)).cpu()
+            norms["write norm"] = [(written.norm(dim=-1), valid)]
+        self.reduce(call.site.key, norms, call.queries / held.shape[2])
 
     def _factor(self, call: AttentionCall, output: Tensor) -> Tensor | None:
         if call.site.key not in self._factors:
@@ -102,13 +101,10 @@ class HeadOutputNorms(Instrument):
 
     def compute(self) -> dict[str, HeadMeasure]:
         """`output norm` (before the projection), `write norm` (after it) and `relative write norm`."""
-        before = HeadMeasure("output norm", "norm", {}, {}, BEFORE)
-        after = HeadMeasure("write norm", "norm", {}, {}, AFTER)
+        before, after = self.mean("output norm"), self.mean("write norm")
         relative = HeadMeasure("relative write norm", "ratio", {}, {}, RELATIVE)
-        for key, total in self.state["before"].items():
-            tokens = self.state["tokens"][key]
-            before.values[key] = (total / tokens).float()
-            written = self.state["after"].get(key, torch.full_like(total, float("nan"))) / tokens
-            after.values[key] = written.float()
-            relative.values[key] = (written / written.quantile(0.5)).float()
+        for key, values in before.values.items():
+            written = after.values.setdefault(key, torch.full_like(values, float("nan")))
+            relative.values[key] = written / written.quantile(0.5)
+        after.values = {key: after.values[key] for key in before.values}
         return {measure.name: measure for measure in (before, after, relative)}
