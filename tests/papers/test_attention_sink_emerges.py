@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from regard.papers import Run
+from regard.papers import _sink_emergence_runs as runs
 from regard.papers import attention_sink_emerges as paper
+from regard.papers._partial import Partial
 
 
 class Words:
@@ -71,5 +75,42 @@ def test_the_quick_run_records_every_claim(tmp_path):
     run = Run(paper.PAPER, scale="quick", work=tmp_path)
     paper.experiment(run)
     assert {claim.id for claim in paper.PAPER.claims if not claim.beyond} == set(run.records)
-    assert all(row["holds"] for row in run.records.values())
-    assert len(run.figures) == 3 and all((tmp_path / name).stat().st_size for name in run.figures)
+    trained = {claim.id for claim in runs.claims()}
+    assert all(row["holds"] for name, row in run.records.items() if name not in trained)
+    assert run.records["trained start"]["holds"] is not False
+    assert run.records["trained emerges"]["holds"] is not True
+    assert len(run.figures) == 5 and all((tmp_path / name).stat().st_size for name in run.figures)
+
+
+def test_training_in_pieces_is_training_at_once(tmp_path, monkeypatch):
+    lab = replace(runs.QUICK, factors=("loss", "bias"), steps=2)
+    names = ("default", "window of 16", "sink token", "K biases", "K biases, value of norm 20")
+    courses = []
+    for most in (3, 99):
+        monkeypatch.setattr(runs, "AT_ONCE", most)
+        kept = Partial(tmp_path / f"{most}.json")
+        run = Run(paper.PAPER, scale="quick", work=tmp_path, partial=kept)
+        courses.append(runs.follow(run, lab, [0, 1], names))
+        # softmax, a token and learnt keys: two arms of two seeds are cut in two, one arm is not
+        assert len(kept.values) == (5 if most == 3 else 3)
+    pieces, whole = courses
+    assert sorted(pieces.arms) == sorted(whole.arms) == sorted(names)
+    assert pieces.seeds == whole.seeds == [0, 1]
+    torch.testing.assert_close(pieces.loss, whole.loss)
+    torch.testing.assert_close(pieces.rates, whole.rates)
+
+
+def test_claims_without_a_sink_are_left_open(tmp_path):
+    run = Run(paper.PAPER, scale="quick", work=tmp_path)
+    runs.record_training(run)
+    assert set(run.records) == {claim.id for claim in runs.claims()}
+    compares = [name for name, one in runs.STATED.items() if one.compares]
+    assert compares
+    for name in compares:
+        assert run.records[f"trained {name}"]["holds"] is None
+        assert "no clear sink" in run.records[f"trained {name}"]["note"]
+
+
+def test_every_arm_that_is_trained_has_a_claim():
+    needed = {name for one in runs.STATED.values() for name in one.arms}
+    assert needed == set(runs.TRAINED)
