@@ -124,7 +124,9 @@ def record_training(run: Run) -> None:
             note=note,
         )
     run.figure("training", draw_curves(result, lab.context))
-    run.figure("film", film(course, TRAINED), format="png", dpi=100)
+    run.figure(
+        "film", film(course, run.pick(quick=TRAINED[:1], full=TRAINED)), format="png", dpi=100
+    )
 
 
 def follow(
