@@ -51,6 +51,7 @@ def attend(
     """
     for method in pipeline["before"]:
         call = method.before(call) or call
+    call.rows = None
 
     if not pipeline.needs_weights:
         output = _fused(call, workspace)

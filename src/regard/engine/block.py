@@ -46,7 +46,6 @@ class Block:
         self.window = window
         self.rescore: Callable[[], Tensor] | None = None
         self._scores: Tensor | None = scores
-        self._scores_place = _place(scores)
         self._weights: Tensor = scores
         self.share = share
         self.contiguous = contiguous
@@ -67,10 +66,6 @@ class Block:
     @scores.setter
     def scores(self, scores: Tensor) -> None:
         self._scores = scores
-
-    def owns(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is a view of this block's scores or weights, which the next block overwrites."""
-        return _place(tensor) in (self._scores_place, _place(self._weights))
 
     @property
     def weights(self) -> Float[Tensor, "batch heads rows keys"]:
@@ -284,7 +279,3 @@ class Block:
             outside = torch.arange(width, device=view.device)[None, :] > row + first + (width - 1)
             view = view.masked_fill_(outside, 0)
         return view
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -154,6 +154,7 @@ class RowInstrument(Instrument):
     def __init__(self) -> None:
         super().__init__()
         self._pending: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._rooms: dict[str, tuple[Tensor, int]] = {}
         self._late: dict[SiteKey, dict[str, list[tuple[Tensor, Tensor | None]]]] = {}
         self._call: AttentionCall | None = None
         self._share = 1.0
@@ -165,24 +166,31 @@ class RowInstrument(Instrument):
     def add_rows(self, block: Block, included: Tensor | None = None, **rows: Tensor) -> None:
         """Adds one `[batch, heads, rows]` for each quantity; `included` `[batch|1, rows]` leaves out more than padding.
 
-        Rows are only put aside here and reduced once per call, which keeps small operations out of the block loop.
+        Rows are only put aside here and reduced once per call, which keeps small operations out of the block loop. They
+        go into one room for the whole call: small tensors left behind by every block would break up the memory.
         """
-        if self._call is not block.call:
-            self._call, self._pending, self._share = block.call, {}, block.share
+        call = block.call
+        if self._call is not call:
+            self._call, self._pending, self._share = call, {}, block.share
+            self._rooms = {}
         valid = block.valid
         if included is not None and not bool(included.all()):
             included = included.expand(block.weights.shape[0], -1)
             valid = included if valid is None else valid & included
         for name, values in rows.items():
-            if block.owns(values):
-                values = values.clone()  # the next block overwrites it
-            self._pending.setdefault(name, []).append((values, valid))
+            if name not in self._rooms:
+                count = call.queries if call.rows is None else len(call.rows)
+                self._rooms[name] = values.new_empty(*values.shape[:2], count), 0
+            room, filled = self._rooms[name]
+            place = room[..., filled : filled + values.shape[-1]].copy_(values)
+            self._rooms[name] = room, filled + values.shape[-1]
+            self._pending.setdefault(name, []).append((place, valid))
 
     def after(self, call: AttentionCall) -> None:
         if self._call is not call:
             return
         key, done = call.site.key, self._pending
-        self._call, self._pending = None, {}
+        self._call, self._pending, self._rooms = None, {}, {}
         if call.phase == "prefill":
             self.reduce(key, done, self._share)
             return
@@ -231,7 +239,7 @@ class RowInstrument(Instrument):
         self.accumulate(f"{name}.spread", key, scale * counts.square().sum()[None])
 
     def stop(self) -> None:
-        self._call, self._pending = None, {}
+        self._call, self._pending, self._rooms = None, {}, {}
         self.flush()
         self._session = None
 
