@@ -61,17 +61,18 @@ def _working(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _row_blocks(call: AttentionCall, rows: Tensor | None) -> Iterator[Tensor]:
-    device = call.query.device
+def _rows_at_once(call: AttentionCall, rows: Tensor | None) -> int:
     if rows is None:
-        size = block_size(call)
-        for start in range(0, call.queries, size):
-            yield torch.arange(start, min(start + size, call.queries), device=device)
-    else:
-        # sampled rows lie far apart: small blocks, so that each computes few keys beyond its rows' own
-        size = min(block_size(call), max(16, len(rows) // SAMPLED_BLOCKS))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        return block_size(call)
+    # sampled rows lie far apart: small blocks, so that each computes few keys beyond its rows' own
+    return min(block_size(call), max(16, len(rows) // SAMPLED_BLOCKS))
+
+
+def _row_blocks(call: AttentionCall, rows: Tensor | None, size: int) -> Iterator[Tensor]:
+    if rows is None:
+        rows = torch.arange(call.queries, device=call.query.device)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
@@ -120,7 +121,11 @@ def attend(
     )
     pieces: list[Tensor] = []
 
-    for block_rows in _row_blocks(call, rows):
+    size = _rows_at_once(call, rows)
+    largest = (
+        batch * heads * size * call.keys
+    )  # taken at once: buffers that grow block by block break up the memory
+    for block_rows in _row_blocks(call, rows, size):
         window = call.mask.window(block_rows)
         lo, hi, count = window.lo, window.hi, len(block_rows)
         first = int(block_rows[0])
@@ -134,7 +139,7 @@ def attend(
         numbers = batch * heads * count * (hi - lo)
         shape = (batch, groups, group * count, hi - lo)
 
-        out = None if grad else workspace.take("scores", numbers, query)[:numbers].view(shape)
+        out = None if grad else workspace.take("scores", largest, query)[:numbers].view(shape)
         scores = _product(folded, keys_t[..., lo:hi], out).view(batch, heads, count, hi - lo)
         scores = _shape_scores(call, window, block_rows, scores, lowest, grad)
         block = Block(call, block_rows, window, scores, share=share, contiguous=not sampled)
@@ -148,7 +153,7 @@ def attend(
         if grad or block.scores.dtype != query.dtype:
             weights = torch.softmax(block.scores, -1)
         else:
-            storage = workspace.take("weights", numbers + PADDING, query)
+            storage = workspace.take("weights", largest + PADDING, query)
             weights = storage[PADDING : PADDING + numbers].view(batch, heads, count, hi - lo)
             torch.softmax(block.scores, -1, out=weights)
             block.padded, block.padding = storage, PADDING

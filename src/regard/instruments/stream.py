@@ -189,9 +189,8 @@ class ResidualPeaks(Instrument):
         """Of one sequence `[tokens, dim]`: its record, and its massive entries as rows of token, dimension, value."""
         tokens = len(hidden)
         size = hidden.abs()
-        token = int(
-            size.amax(-1).argmax()
-        )  # first the row: a search of the whole is 30 times slower
+        # first the row: a search of the whole is 30 times slower
+        token = int(size.amax(-1).argmax())
         dimension = int(size[token].argmax())
         norms = hidden.norm(dim=-1)
         step = 1 if self.tokens is None else max(1, -(-tokens // self.tokens))
