@@ -186,3 +186,22 @@ def test_rows_wait_for_nothing_when_the_model_fails(model: LlamaForCausalLM) -> 
         run()
     entropy.compute()
     assert float(entropy.state["entropy.rows"]["", 0]) == 5 + 3
+
+
+def test_rows_of_a_batch_that_change_places_after_the_same_token(model: LlamaForCausalLM) -> None:
+    """In the first layer the newest keys are then equal, although those before them are not."""
+    from transformers import DynamicCache
+
+    first, second = torch.tensor([[7, 3, 9, 4], [2, 8, 1, 6]]), torch.tensor([[5, 11], [12, 11]])
+    name = "cache" if takes(model, "cache") else "past_key_values"
+
+    def run() -> None:
+        with torch.no_grad():
+            cache = DynamicCache()
+            for tokens in (first, second[:, :1], second[:, 1:]):
+                model(input_ids=tokens, use_cache=True, **{name: cache})
+            cache.reorder_cache(torch.tensor([1, 0]))
+            for token in (13, 14):
+                model(input_ids=torch.full((2, 1), token), use_cache=True, **{name: cache})
+
+    same(both(model, run))

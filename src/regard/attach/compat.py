@@ -220,6 +220,16 @@ def is_transformers(model: nn.Module) -> bool:
     )
 
 
-def only_appends(cache: object) -> bool:
-    """Whether a cache keeps every key as it was and puts new ones behind: transformers' own growing cache."""
-    return type(cache) is DynamicCache and all(type(one) is DynamicLayer for one in cache.layers)
+def growing_keys(cache: object) -> set[int] | None:
+    """The places in memory (`data_ptr`) of the keys of a cache that only appends: transformers' own growing cache.
+
+    None for every other cache. Whatever changes such a cache between two steps (beams that change places, a crop) puts
+    its keys in another place.
+    """
+    if type(cache) is not DynamicCache:
+        return None
+    layers = cache.layers
+    if any(type(one) is not DynamicLayer for one in layers):
+        return None
+    keys = [getattr(one, "keys", None) for one in layers]
+    return {one.data_ptr() for one in keys if isinstance(one, Tensor)}

@@ -274,7 +274,9 @@ class Session:
             return
         self._calls = 0
         given = arguments_of(module, args, kwargs)
-        self._appending = compat.only_appends(given_cache(given))
+        places = compat.growing_keys(given_cache(given))
+        self._appending = places is not None
+        self._late.keep(places or ())
         self._masks = {
             name: value
             for name in ("attention_mask", "decoder_attention_mask")

@@ -10,6 +10,7 @@ Cost: one block of `ROWS` rows for each `ROWS` steps; memory one query and one k
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -31,13 +32,12 @@ class Steps:
     queries: list[Tensor] = field(default_factory=list)
 
     def continues(self, call: AttentionCall) -> bool:
-        """Whether `call` is the next step: one key more, and the one before it is unchanged (beams change places)."""
+        """Whether `call` is the next step: one key more, of the same batch."""
         before = self.last
         return (
             call.keys == before.keys + 1
             and call.query.shape == before.query.shape
             and call.query.dtype == before.query.dtype
-            and torch.equal(call.key[:, :, -2], before.key[:, :, -1])
         )
 
 
@@ -84,6 +84,16 @@ class LateReader:
         steps.queries.append(call.query)
         if len(steps.queries) >= ROWS:
             self._read(key)
+
+    def keep(self, places: Collection[int]) -> None:
+        """Reads the sites whose keys are no longer where they were: `places` are the `data_ptr` of the cache's keys.
+
+        A cache whose rows changed places (beams) or that was replaced no longer holds the keys of the steps that wait;
+        the tensor that waits with them does, and while it lives its place is nobody else's.
+        """
+        for site, steps in list(self._waiting.items()):
+            if steps.last.key.data_ptr() not in places:
+                self._read(site)
 
     def flush(self, key: tuple[str, int] | None = None) -> None:
         """Reads what waits, at one site or at all."""
