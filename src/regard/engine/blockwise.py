@@ -23,14 +23,16 @@ from regard.engine.method import Method, reading
 
 PADDING = 512
 SAMPLED_BLOCKS = 8
-BLOCK_NUMBERS = 3_600_000
-"""Numbers in one block of scores: small enough for the processor's cache, large enough for efficient products."""
+BLOCK_ROWS = 192
+"""Query rows in one block: enough that the small operations of the hooks and of the products cost little."""
+BLOCK_NUMBERS = 16_000_000
+"""The most numbers in one block of scores; long calls with many heads take fewer rows at once."""
 
 
 def block_size(call: AttentionCall, rows: int | None = None) -> int:
-    """Rows per block so that a block holds about `BLOCK_NUMBERS` numbers; between 32 and 256."""
+    """Rows per block: `BLOCK_ROWS`, or fewer, but at least 32, so that a block holds about `BLOCK_NUMBERS` numbers."""
     width = call.query.shape[0] * call.heads * max(call.keys, 1)
-    size = max(32, min(256, BLOCK_NUMBERS // width // 16 * 16))
+    size = max(32, min(BLOCK_ROWS, BLOCK_NUMBERS // width // 16 * 16))
     return min(size, rows or call.queries)
 
 
