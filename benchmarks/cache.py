@@ -83,6 +83,8 @@ def decoding(
     for name, make in makers.items():
         caches[name] = make()
         fill(caches[name], model, tokens)
+    caches["bare"] = DynamicCache(config=model.config)  # what the model takes without a cache
+    fill(caches["bare"], model, 1)
     token = torch.tensor([[5]])
     times: dict[str, list[float]] = {name: [] for name in caches}
     for step in range(steps + 1):
@@ -204,12 +206,27 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
             for kept in ("even", "per_head"):
                 found[f"{part}: {kept} against full"] = ms["full"] / ms[kept]
                 found[f"{part}: {kept} against dynamic"] = ms["dynamic"] / ms[kept]
+            if "bare" in ms:
+                for held in ("full", "dynamic"):
+                    found[f"{part}: nothing held against {held}"] = ms[held] / ms["bare"]
     if "bytes" in results:
         row = results["bytes"]
         found["bytes of 20 % per head"] = (
             row["per_head_bytes"] / row["full_bytes_without_free_slots"]
         )
     return found
+
+
+def timed(results: dict[str, Any], parts: list[str]) -> dict[str, Any]:
+    """The ratios of times of one run, and how fast memory was in it: other tenants of a machine take their share."""
+    return {
+        part: {
+            "bandwidth_gb_s": round(results[part]["bandwidth_gb_s"], 1),
+            **{k: round(v, 2) for k, v in results["ratios"].items() if k.startswith(f"{part}: ")},
+        }
+        for part in ("long", "model")
+        if part in parts
+    }
 
 
 def main() -> None:
@@ -228,6 +245,9 @@ def main() -> None:
     for part in given.parts:
         results[part] = measure[part]()
         results["ratios"] = ratios(results)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    if {"long", "model"} & set(given.parts):
+        results["runs"] = [*results.get("runs", []), timed(results, given.parts)]
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for name, ratio in results["ratios"].items():
         print(f"{name:32} {ratio:8.2f}")

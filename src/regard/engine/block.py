@@ -15,6 +15,15 @@ from torch import Tensor
 from regard.engine.call import AttentionCall, Site
 from regard.engine.masks import CausalMask, Window
 
+_OF_WEIGHTS = (
+    "first_weight",
+    "logsumexp",
+    "entropy",
+    "mean_key",
+    "mass",
+    "_received",
+    "_diagonals",
+)
 FAINT = 1e-20
 """Weights below this are too near the smallest number to take the logarithm of."""
 
@@ -74,7 +83,7 @@ class Block:
     @weights.setter
     def weights(self, weights: Tensor) -> None:
         self._weights = weights
-        for name in ("logsumexp", "entropy", "mean_key", "mass", "_received", "_diagonals"):
+        for name in _OF_WEIGHTS:
             vars(self).pop(name, None)
 
     @property
@@ -124,11 +133,23 @@ class Block:
         return self.visible.any(1).to(torch.uint8).argmax(-1) + self.window.lo
 
     @cached_property
+    def first_weight(self) -> Float[Tensor, "batch heads rows"]:
+        """What each query gives to the first key it sees."""
+        first = self.first_key
+        if first.shape[0] == 1 and bool((first == self.window.lo).all()):
+            return self.weights[..., 0]
+        index = (first - self.window.lo)[:, None, :, None].expand(*self.weights.shape[:3], 1)
+        return self.weights.gather(-1, index)[..., 0]
+
+    @cached_property
     def logsumexp(self) -> Float[Tensor, "batch heads rows"]:
         """Log of the softmax denominator over the visible keys (a learned sink left out), exact to rounding."""
         if not self.plain:
             return torch.logsumexp(self.scores, -1)
         # score - ln(weight) is the same for every visible key: the first key or the query's own will mostly do
+        weight = self.weights[..., 0]
+        if bool((weight >= FAINT).all()):
+            return self.scores[..., 0] - weight.log()
         own = (self.positions - self.window.lo).clamp(0, self.weights.shape[-1] - 1)
         own = own[:, None].expand(*self.weights.shape[:-1], 1)
         score, weight = (

@@ -67,12 +67,7 @@ class PatternProfile(RowInstrument):
         first = block.first_key
         away = block.positions[None, :] - first  # tokens back to the sink, `[batch|1, rows]`
         outside = (away >= self.window)[:, None]
-        if first.shape[0] == 1 and bool((first == block.window.lo).all()):
-            sink = block.weights[..., 0]
-        else:
-            index = (first - block.window.lo)[:, None, :, None].expand(*block.weights.shape[:3], 1)
-            sink = block.weights.gather(-1, index)[..., 0]
-        sink = sink * outside
+        sink = block.first_weight * outside
         counts = block.counts if block.call.sinks is None else block.counts + 1
         self.add_rows(
             block,

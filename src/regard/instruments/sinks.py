@@ -52,12 +52,7 @@ class SinkMass(RowInstrument):
         late = block.positions[None, :] - first >= self.from_query
         if block.site.kind == "cross":
             late = torch.ones_like(late)
-        if first.shape[0] == 1 and bool((first == block.window.lo).all()):
-            mass = block.weights[..., 0]
-        else:
-            index = (first - block.window.lo)[:, None, :, None].expand(*block.weights.shape[:3], 1)
-            mass = block.weights.gather(-1, index)[..., 0]
-        self.add_rows(block, late, **{"sink mass": mass})
+        self.add_rows(block, late, **{"sink mass": block.first_weight})
 
 
 @dataclass(frozen=True, slots=True)
