@@ -63,15 +63,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| goal | bound | measured | met |", "|---|---|---|---|"]
+    lines = ["| goal | bound | median (least to most) | met |", "|---|---|---|---|"]
     for what, method, length, field, bound in GOALS:
-        value = find(rows, method, length).get(field)
+        row = find(rows, method, length)
+        value, part = row.get(field), field.split("_")[0]
         if value is None:
             lines.append(f"| {what} | {bound} | not measured | |")
-        else:
-            lines.append(
-                f"| {what} | {bound} | {value:,.2f} | {'yes' if value <= bound else '**no**'} |"
-            )
+            continue
+        digits = 2 if field == "ratio" else 0
+        span = ""
+        if f"{part}_low" in row:
+            span = f" ({row[f'{part}_low']:,.{digits}f} to {row[f'{part}_high']:,.{digits}f})"
+        met = "yes" if value <= bound else "**no**"
+        lines.append(f"| {what} | {bound} | {value:,.{digits}f}{span} | {met} |")
     return lines
 
 
@@ -120,7 +124,8 @@ def write(results: Path) -> None:
         "",
         f"Machine: {machine['cores']} cores, {machine['threads']} threads; torch {versions['torch']}, transformers"
         f" {versions['transformers']}. Time is the median over rounds of (method / plain), both in the same round; memory is the"
-        " highest resident size during one pass above what was resident before it, in a process of its own.",
+        " highest resident size during one pass above what was resident before it, in a process of its own (of three for"
+        " regard and the plain pass, the median).",
         "",
         *table(rows),
         "",

@@ -60,8 +60,8 @@ def decoding(found: dict[str, Any]) -> list[str]:
         lines.append("")
     ratios = found["ratios"]
     lines += [
-        "Every run that was taken, in turn, with the speed of memory in it: what reads much gains where memory is slow. The most that",
-        "any cache could reach is the time against that of the model with one token held, in the last run.",
+        "Every run that was taken, in turn, with the speed of memory in it: what reads much gains where memory is slow. The most"
+        " that any cache could reach is the time against that of the model with one token held, in the last run.",
         "",
         "| goal | at least | measured | the most possible | met |",
         "|---|---|---|---|---|",
