@@ -19,6 +19,8 @@ from regard.instruments.base import HeadMeasure, RowInstrument, SiteKey
 
 BEFORE = "mean over tokens of the norm of the head's output, before the output projection"
 AFTER = "mean over tokens of the norm of what the head adds to the residual stream"
+PART = 512
+"""Rows whose products are held at once."""
 RELATIVE = "norm of what the head adds to the stream over the median head of its layer"
 
 
@@ -85,8 +87,11 @@ class HeadOutputNorms(RowInstrument):
         norms = {"output norm": [(held.norm(dim=-1), valid)]}
         factors = self._factor(call, held)
         if factors is not None:
-            written = torch.matmul(held, factors.mT)  # [batch, heads, queries, rank]
-            norms["write norm"] = [(written.norm(dim=-1), valid)]
+            parts = held.split(
+                PART, 2
+            )  # the products of a few rows at a time, and not of all at once
+            written = [torch.matmul(part, factors.mT).norm(dim=-1) for part in parts]
+            norms["write norm"] = [(torch.cat(written, -1), valid)]
         self.reduce(call.site.key, norms, call.queries / held.shape[2])
 
     def _factor(self, call: AttentionCall, output: Tensor) -> Tensor | None:
