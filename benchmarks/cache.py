@@ -206,9 +206,8 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
             for kept in ("even", "per_head"):
                 found[f"{part}: {kept} against full"] = ms["full"] / ms[kept]
                 found[f"{part}: {kept} against dynamic"] = ms["dynamic"] / ms[kept]
-            if "bare" in ms:
-                for held in ("full", "dynamic"):
-                    found[f"{part}: nothing held against {held}"] = ms[held] / ms["bare"]
+            for held in ("full", "dynamic"):
+                found[f"{part}: nothing held against {held}"] = ms[held] / ms["bare"]
     if "bytes" in results:
         row = results["bytes"]
         found["bytes of 20 % per head"] = (

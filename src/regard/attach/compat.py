@@ -223,8 +223,8 @@ def is_transformers(model: nn.Module) -> bool:
 def growing_keys(cache: object) -> set[int] | None:
     """The places in memory (`data_ptr`) of the keys of a cache that only appends: transformers' own growing cache.
 
-    None for every other cache. Whatever changes such a cache between two steps (beams that change places, a crop) puts
-    its keys in another place.
+    None for every other cache. Beams that change places, and rows that are chosen or repeated, put the keys in another
+    place; a crop leaves them where they are, but fewer. Keys that somebody overwrites in place are not noticed.
     """
     if type(cache) is not DynamicCache:
         return None

@@ -10,7 +10,6 @@ every block (two buffers, allocated once per call).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -29,11 +28,11 @@ BLOCK_NUMBERS = 16_000_000
 """The most numbers in one block of scores; long calls with many heads take fewer rows at once."""
 
 
-def block_size(call: AttentionCall, rows: int | None = None) -> int:
+def block_size(call: AttentionCall) -> int:
     """Rows per block: `BLOCK_ROWS`, or fewer, but at least 32, so that a block holds about `BLOCK_NUMBERS` numbers."""
     width = call.query.shape[0] * call.heads * max(call.keys, 1)
     size = max(32, min(BLOCK_ROWS, BLOCK_NUMBERS // width // 16 * 16))
-    return min(size, rows or call.queries)
+    return min(size, call.queries)
 
 
 class Workspace:
@@ -61,20 +60,6 @@ class Workspace:
 
 def _working(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def _rows_at_once(call: AttentionCall, rows: Tensor | None) -> int:
-    if rows is None:
-        return block_size(call)
-    # sampled rows lie far apart: small blocks, so that each computes few keys beyond its rows' own
-    return min(block_size(call), max(16, len(rows) // SAMPLED_BLOCKS))
-
-
-def _row_blocks(call: AttentionCall, rows: Tensor | None, size: int) -> Iterator[Tensor]:
-    if rows is None:
-        rows = torch.arange(call.queries, device=call.query.device)
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
@@ -117,21 +102,27 @@ def attend(
     key, value = key.contiguous(), value.contiguous()  # rows of one head next to each other
     keys_t = key.transpose(-1, -2)
     lowest = torch.finfo(query.dtype).min
-    sampled = rows is not None
+    only_read = rows is not None
+    if rows is None:
+        rows = torch.arange(queries, device=query.device)
+    neighbours = int(rows[-1]) - int(rows[0]) < len(rows)
     output = (
-        None if sampled or grad else query.new_empty(batch, groups, group, queries, value.shape[-1])
+        None
+        if only_read or grad
+        else query.new_empty(batch, groups, group, queries, value.shape[-1])
     )
     pieces: list[Tensor] = []
 
-    size = _rows_at_once(call, rows)
-    largest = (
-        batch * heads * size * call.keys
-    )  # taken at once: buffers that grow block by block break up the memory
-    for block_rows in _row_blocks(call, rows, size):
+    size = block_size(call)
+    if not neighbours:  # sampled: small blocks, so that each computes few keys beyond its rows' own
+        size = min(size, max(16, len(rows) // SAMPLED_BLOCKS))
+    # the buffers are taken at their largest: if they grew block by block, they would break up the memory
+    largest = batch * heads * size * call.keys
+    for block_rows in rows.split(size):
         window = call.mask.window(block_rows)
         lo, hi, count = window.lo, window.hi, len(block_rows)
         first = int(block_rows[0])
-        picked = query[:, :, block_rows] if sampled else query[:, :, first : first + count]
+        picked = query[:, :, first : first + count] if neighbours else query[:, :, block_rows]
         picked = (
             picked.view(batch, groups, group, count, dim)
             if picked.is_contiguous()
@@ -144,7 +135,7 @@ def attend(
         out = None if grad else workspace.take("scores", largest, query)[:numbers].view(shape)
         scores = _product(folded, keys_t[..., lo:hi], out).view(batch, heads, count, hi - lo)
         scores = _shape_scores(call, window, block_rows, scores, lowest, grad)
-        block = Block(call, block_rows, window, scores, share=share, contiguous=not sampled)
+        block = Block(call, block_rows, window, scores, share=share, contiguous=neighbours)
         rewritten = False
         for method in methods_scores:
             with reading(method):
@@ -177,13 +168,13 @@ def attend(
                 replaced = method.weights(block)
             if replaced is None:
                 continue
-            if sampled or getattr(method, "reads_only", False):
+            if only_read or getattr(method, "reads_only", False):
                 raise ValueError(
                     f"{type(method).__name__} says that it only reads (reads_only = True) but returned other weights; "
                     "set reads_only = False and attach it with rows=None"
                 )
             block.weights, block.plain, block.padded = replaced, False, None
-        if sampled:
+        if only_read:
             continue
 
         used = block.weights
@@ -200,7 +191,7 @@ def attend(
             pieces.append(mixed)
         else:
             output[..., first : first + count, :] = mixed
-    if sampled:
+    if only_read:
         return None
     result = torch.cat(pieces, -2) if output is None else output
     return result.view(batch, heads, queries, -1).to(call.query.dtype)

@@ -65,15 +65,10 @@ class Dormancy(Instrument):
             )
 
     def weights(self, block: Block) -> None:
-        first, lo = block.first_key, block.keys.start
-        late = block.positions[None, :] - first >= self.from_query
+        late = block.positions[None, :] - block.first_key >= self.from_query
         if block.valid is not None:
             late = late & block.valid
-        if first.shape[0] == 1 and bool((first == lo).all()):
-            mass = block.weights[..., 0]
-        else:
-            index = (first - lo)[:, None, :, None].expand(*block.weights.shape[:3], 1)
-            mass = block.weights.gather(-1, index)[..., 0]
+        mass = block.first_weight
         late = late.expand(mass.shape[0], -1)
         key = block.site.key
         mass = torch.where(late[:, None], mass, 0).double()

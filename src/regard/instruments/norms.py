@@ -87,10 +87,7 @@ class HeadOutputNorms(RowInstrument):
         norms = {"output norm": [(held.norm(dim=-1), valid)]}
         factors = self._factor(call, held)
         if factors is not None:
-            parts = held.split(
-                PART, 2
-            )  # the products of a few rows at a time, and not of all at once
-            written = [torch.matmul(part, factors.mT).norm(dim=-1) for part in parts]
+            written = [torch.matmul(part, factors.mT).norm(dim=-1) for part in held.split(PART, 2)]
             norms["write norm"] = [(torch.cat(written, -1), valid)]
         self.reduce(call.site.key, norms, call.queries / held.shape[2])
 
