@@ -69,6 +69,25 @@ def model_directory() -> str:
     return str(path)
 
 
+def setting(threads: int) -> dict[str, Any]:
+    """The machine and the versions that the figures belong to."""
+    import torch
+    import transformers
+
+    return {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": threads,
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
@@ -83,17 +102,23 @@ def main() -> None:
     given = parser.parse_args()
     path, ours = model_directory(), sys.executable
     common = {"path": path, "threads": given.threads}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    about = setting(given.threads)
     rows: list[dict[str, Any]] = []
     if given.keep and given.out.is_file():
         rows = json.loads(given.out.read_text())["rows"]
 
     def note(row: dict[str, Any]) -> None:
+        """Puts a row in the place of an older one and writes the file, so that a stop loses nothing."""
         same = ("length", "method")
         before = [old for old in rows if all(old[key] == row[key] for key in same)]
         rows[:] = [old for old in rows if old not in before]
         measured = [old for old in before if "failed" not in old]
         rows.extend(measured if measured and "failed" in row else [row])
         rows.sort(key=lambda one: one["length"])
+        scratch = given.out.with_suffix(".tmp")
+        scratch.write_text(json.dumps({**about, "rounds": given.rounds, "rows": rows}, indent=1))
+        scratch.replace(given.out)
         print(json.dumps(row), flush=True)
 
     for length in given.lengths:
@@ -173,28 +198,6 @@ def main() -> None:
                 "seconds": statistics.median(spoken["seconds"]["generate"]),
             }
         )
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": given.threads,
-    }
-    import torch
-    import transformers
-
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    scratch = given.out.with_suffix(".tmp")
-    scratch.write_text(
-        json.dumps(
-            {"machine": machine, "versions": versions, "rounds": given.rounds, "rows": rows},
-            indent=1,
-        )
-    )
-    scratch.replace(given.out)
     from benchmarks.page import write
 
     write(given.out)
